@@ -1,0 +1,147 @@
+"""Reading YAML into Structs, with errors that name the place, the value and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+from msgspec import Struct
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message says where, what and what was expected."""
+
+
+class BackendConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which backend: a name from `bridge.backends` or `module:Class`, and the keyword arguments of its constructor."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The side of the robot or simulator."""
+
+    workers: int = 1
+    """Processes that each drive one backend; a robot has one."""
+    horizon_steps: int = 200
+    """Environment steps after which an episode is cut off; counted as a time-out."""
+    request_timeout_s: float = 10.0
+    """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
+    give_up_after_s: float = 60.0
+    """How long the bridge looks for a runtime that does not answer before it exits with an error."""
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+
+
+def load_yaml(path: Path) -> Any:
+    """The content of one YAML file, read by the safe loader."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
+    try:
+        return _read(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+
+
+def parse(data: Any, kind: type[T], source: str, overrides: Sequence[str] = ()) -> T:
+    """`data` as `kind`; `overrides` are `path.to.key=value` strings, their values read as YAML.
+
+    Raises `ConfigError` naming the path in the file, the value found there and what was expected.
+    """
+    for override in overrides:
+        data = _override(data, override)
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(str(error), data, kind)}") from error
+
+
+def _override(data: Any, override: str) -> Any:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override}: expected path.to.key=value")
+    try:
+        parsed = _read(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    root = dict(data) if isinstance(data, dict) else {}
+    node = root
+    for key in keys[:-1]:
+        child = node.get(key)
+        node[key] = dict(child) if isinstance(child, dict) else {}
+        node = node[key]
+    node[keys[-1]] = parsed
+    return root
+
+
+def _explain(message: str, data: Any, kind: type[Any]) -> str:
+    """msgspec's message with the path first, the offending value, and the nearest known key for a misspelt one."""
+    text, _, path = message.partition(" - at `")
+    path = path.rstrip("`") or "$"
+    unknown = re.search(r"unknown field `(.+?)`", text)
+    if unknown:
+        key = unknown.group(1)
+        known = _fields_at(kind, path)
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"{path}.{key}: unknown key{hint} (known: {', '.join(known)})" if known else f"{path}.{key}: unknown key"
+    value = _value_at(data, path)
+    found = "" if value is _MISSING or "missing required" in text else f" (found {value!r})"
+    return f"{path}: {text}{found}"
+
+
+_MISSING = object()
+
+
+def _steps(path: str) -> list[str]:
+    return [step for step in re.split(r"[.\[\]]+", path.removeprefix("$")) if step]
+
+
+def _value_at(data: Any, path: str) -> Any:
+    for step in _steps(path):
+        if isinstance(data, dict) and step in data:
+            data = data[step]
+        elif isinstance(data, list) and step.isdigit() and int(step) < len(data):
+            data = data[int(step)]
+        else:
+            return _MISSING
+    return data
+
+
+def _fields_at(kind: Any, path: str) -> list[str]:
+    """Names of the fields of the Struct that lies at `path` below `kind`; empty where none can be told."""
+    for step in _steps(path):
+        if not (isinstance(kind, type) and issubclass(kind, Struct)):
+            return []
+        types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        kind = types.get(step)
+        options = [t for t in getattr(kind, "__args__", ()) if isinstance(t, type) and issubclass(t, Struct)]
+        kind = options[0] if options else kind
+    if isinstance(kind, type) and issubclass(kind, Struct):
+        return [field.encode_name for field in msgspec.structs.fields(kind)]
+    return []

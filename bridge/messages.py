@@ -1,0 +1,288 @@
+"""Every message on the wire, and the only code that turns bytes into arrays.
+
+A message is a list of ZeroMQ frames: a msgpack header (one of the Structs below, told apart by `kind`) and one raw frame
+for each tensor in the header's `tensors` table. Nothing is ever unpickled. A frame becomes an array only after its
+dtype, shape and byte count agree with the table, so a sender cannot make the receiver allocate or read beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bridge.backend import BackendSpec, Observation
+
+PROTOCOL = 1
+MAX_HEADER_BYTES = 64 * 1024
+MAX_TENSORS = 32
+MAX_DIMS = 4
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+# The only dtypes that travel, by their array-interface name; no objects, strings, datetimes or structured types.
+DTYPES = {name: np.dtype(name) for name in ("|u1", "|i1", "|b1", "<u2", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")}
+
+Arrays = Mapping[str, NDArray[Any]]
+Code = Literal["protocol", "malformed", "spec", "session", "episode", "replayed", "bundle", "version", "internal"]
+
+
+class WireError(Exception):
+    """A message that cannot be read; `field` names the part of it that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class TensorInfo(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One row of the tensor table: the frames follow in the same order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What all messages carry. A reply has the `request` id of what it answers; ids of one session only grow."""
+
+    request: int = 0
+    tensors: tuple[TensorInfo, ...] = ()
+
+
+# --- from a client to the runtime ---------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First message. A bridge brings the spec of its backend; a tool or the trainer brings none."""
+
+    protocol: int
+    client: str
+    spec: BackendSpec | None = None
+
+
+class NextEpisode(Message, frozen=True, tag="next_episode"):
+    """Ask what to do next. An episode of this session that is still open is closed as aborted first."""
+
+    session: str
+
+
+class Infer(Message, frozen=True, tag="infer"):
+    """Ask for a chunk. Tensors: `image/<camera>` uint8 `[H, W, 3]`, `state` float32 `[n]`, `privileged` float32 `[m]`.
+
+    `step` is the number of environment steps executed in this episode before this observation.
+    """
+
+    session: str
+    episode: str
+    step: int
+
+
+class Executed(Message, frozen=True, tag="executed"):
+    """Report what became of a decision; not answered unless it is wrong.
+
+    Tensors: `sent` float32 `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon.
+    """
+
+    session: str
+    episode: str
+    decision: int
+
+
+class EndEpisode(Message, frozen=True, tag="end_episode"):
+    """Close the episode. The tensors of the last observation come along: a truncated return bootstraps from it."""
+
+    session: str
+    episode: str
+    status: Literal["success", "failure", "timeout"]
+    steps: int
+
+
+class GetStatus(Message, frozen=True, tag="get_status"):
+    """Ask for the runtime's counters; needs no hello."""
+
+
+class Announce(Message, frozen=True, tag="announce"):
+    """Ask the runtime to load, check and serve the bundle in a directory that it can read."""
+
+    path: str
+
+
+class Rollback(Message, frozen=True, tag="rollback"):
+    """Ask the runtime to serve an earlier version again; an empty `version` means the one before the live one."""
+
+    version: str = ""
+
+
+# --- from the runtime to a client ---------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The session is open; chunks are `[horizon, d]`."""
+
+    session: str
+    version: str
+    horizon: int
+
+
+class Assignment(Message, frozen=True, tag="assignment"):
+    """Run this episode for at most `horizon_steps` environment steps."""
+
+    episode: str
+    task: str
+    seed: int
+    horizon_steps: int
+
+
+class NoEpisode(Message, frozen=True, tag="no_episode"):
+    """Nothing to run now: ask again after `retry_s`, or leave if `finished`."""
+
+    finished: bool
+    retry_s: float = 1.0
+
+
+class Chunk(Message, frozen=True, tag="chunk"):
+    """One decision. Tensor `actions` float32 `[h, d]`, every one from the policy `version`."""
+
+    episode: str
+    decision: int
+    version: str
+
+
+class EpisodeStored(Message, frozen=True, tag="episode_stored"):
+    """The episode is on disk and indexed; it will be delivered to the trainer exactly once."""
+
+    episode: str
+
+
+class StatusReply(Message, frozen=True, tag="status"):
+    """The runtime's counters and latencies; the keys are those of `runtime.server.Status`."""
+
+    status: dict[str, Any]
+
+
+class Serving(Message, frozen=True, tag="serving"):
+    """Answer to `Announce` and `Rollback`: this version is live now."""
+
+    version: str
+    previous: str
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """A request that was not carried out. `code` is for programs, `field` and `message` for people."""
+
+    code: Code
+    field: str
+    message: str
+
+
+Request = Hello | NextEpisode | Infer | Executed | EndEpisode | GetStatus | Announce | Rollback
+Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | StatusReply | Serving | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Message, arrays: Arrays | None = None) -> list[Any]:
+    """Frames of a message; the arrays travel as they lie in memory, so they must not change until they are sent."""
+    if not arrays:
+        return [_encoder.encode(message)]
+    table, frames = [], []
+    for name, array in arrays.items():
+        if array.dtype.str not in DTYPES:
+            raise WireError(f"tensors.{name}.dtype", f"{array.dtype} does not travel; expected one of {', '.join(DTYPES)}")
+        array = np.ascontiguousarray(array)
+        table.append(TensorInfo(name, array.dtype.str, array.shape))
+        frames.append(array.data if array.size else b"")
+    return [_encoder.encode(msgspec.structs.replace(message, tensors=tuple(table))), *frames]
+
+
+def decode_request(frames: Sequence[Any]) -> tuple[Request, dict[str, NDArray[Any]]]:
+    """Read what a client sent; see `_decode`."""
+    return _decode(frames, _request_decoder)
+
+
+def decode_reply(frames: Sequence[Any]) -> tuple[Reply, dict[str, NDArray[Any]]]:
+    """Read what the runtime sent; see `_decode`."""
+    return _decode(frames, _reply_decoder)
+
+
+def _decode(frames: Sequence[Any], decoder: msgspec.msgpack.Decoder[Any]) -> tuple[Any, dict[str, NDArray[Any]]]:
+    """Message and arrays (read-only views of the frames). Raises `WireError` naming the field that is wrong."""
+    if not frames:
+        raise WireError("header", "the message has no frames")
+    if memoryview(frames[0]).nbytes > MAX_HEADER_BYTES:
+        raise WireError("header", f"longer than {MAX_HEADER_BYTES} bytes")
+    try:
+        message = decoder.decode(frames[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError("header", str(error)) from error
+    table = message.tensors
+    if len(table) > MAX_TENSORS:
+        raise WireError("tensors", f"{len(table)} tensors, at most {MAX_TENSORS} are allowed")
+    if len(table) != len(frames) - 1:
+        raise WireError("tensors", f"the table has {len(table)} rows but {len(frames) - 1} frames follow")
+    arrays: dict[str, NDArray[Any]] = {}
+    for info, frame in zip(table, frames[1:], strict=True):
+        if info.name in arrays:
+            raise WireError(f"tensors.{info.name}", "given twice")
+        arrays[info.name] = tensor_from_bytes(info, frame)
+    return message, arrays
+
+
+def tensor_from_bytes(info: TensorInfo, data: Any) -> NDArray[Any]:
+    """A read-only view of `data` as the array that `info` describes; raises `WireError` where they disagree."""
+    field = f"tensors.{info.name}"
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None:
+        raise WireError(f"{field}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}")
+    if len(info.shape) > MAX_DIMS or any(size < 0 for size in info.shape):
+        raise WireError(f"{field}.shape", f"{info.shape} is not a shape of at most {MAX_DIMS} dimensions")
+    count = math.prod(info.shape)
+    nbytes = memoryview(data).nbytes
+    if count * dtype.itemsize != nbytes or nbytes > MAX_FRAME_BYTES:
+        raise WireError(field, f"shape {info.shape} of {info.dtype} needs {count * dtype.itemsize} bytes, the frame has {nbytes}")
+    array = np.frombuffer(data, dtype=dtype, count=count).reshape(info.shape)
+    array.flags.writeable = False
+    return array
+
+
+def observation_tensors(observation: Observation) -> dict[str, NDArray[Any]]:
+    """The tensors of an observation, under the names that `Infer` and `EndEpisode` use."""
+    tensors: dict[str, NDArray[Any]] = {f"image/{name}": image for name, image in observation.images.items()}
+    tensors["state"] = observation.state
+    if observation.privileged is not None:
+        tensors["privileged"] = observation.privileged
+    return tensors
+
+
+def expected_tensors(spec: BackendSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of every tensor of an observation from a backend with this spec."""
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"image/{camera.name}": ("|u1", (camera.height, camera.width, 3)) for camera in spec.cameras
+    }
+    expected["state"] = ("<f4", (len(spec.state.names),))
+    if spec.privileged is not None:
+        expected["privileged"] = ("<f4", (len(spec.privileged.names),))
+    return expected
+
+
+def check_observation(tensors: Arrays, spec: BackendSpec) -> None:
+    """Raise `WireError` naming the first tensor that is missing, unknown, of the wrong shape or not finite."""
+    expected = expected_tensors(spec)
+    for name in tensors:
+        if name not in expected:
+            raise WireError(f"tensors.{name}", f"not part of the spec; expected {', '.join(expected)}")
+    for name, (dtype, shape) in expected.items():
+        if name not in tensors:
+            raise WireError(f"tensors.{name}", "missing from the observation")
+        array = tensors[name]
+        if array.dtype.str != dtype or array.shape != shape:
+            raise WireError(f"tensors.{name}", f"is {array.dtype.str}{list(array.shape)}, expected {dtype}{list(shape)}")
+        if dtype == "<f4" and not np.isfinite(array).all():
+            raise WireError(f"tensors.{name}", "holds a value that is not finite")

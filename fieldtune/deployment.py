@@ -1,0 +1,62 @@
+"""One YAML file is one deployment: its sections, where it is found, and where its run lives on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from bridge.config import BackendConfig, BridgeConfig, ConfigError, load_yaml, parse
+from runtime.config import RuntimeConfig
+from trainer.config import TrainerConfig
+
+
+class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
+    """A deployment: a backend behind the bridge, the runtime that serves it, the trainer that improves it."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the run; its files lie in `runs/NAME`."""
+    backend: BackendConfig
+    seed: int = 0
+    """Seed of everything that is random in this run."""
+    bridge: BridgeConfig = BridgeConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    runs: str = "runs"
+    """Directory that holds the runs."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where this run's files are."""
+        return Path(self.runs) / self.name
+
+
+def config_names() -> list[str]:
+    """Names of the configurations that ship with fieldtune."""
+    return sorted(path.name.removesuffix(".yaml") for path in _shipped().iterdir() if path.name.endswith(".yaml"))
+
+
+def find_config(name_or_path: str) -> Path:
+    """The file that `name_or_path` means: a path, or the name of a shipped configuration."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = _shipped() / f"{name_or_path}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise ConfigError(f"{name_or_path}: no such file, and no shipped configuration of that name ({', '.join(config_names())})")
+
+
+def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
+    """Read, override and check a deployment; raises `ConfigError`."""
+    path = find_config(name_or_path)
+    return parse(load_yaml(path), Deployment, str(path), overrides)
+
+
+def _shipped() -> Path:
+    """`configs/`: inside the installed package, or beside it in a checkout."""
+    installed = Path(str(resources.files("fieldtune"))) / "configs"
+    return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "configs"

@@ -1,0 +1,1 @@
+"""The runtime: serves action chunks, logs episodes, swaps and guards policy versions."""

@@ -1,0 +1,46 @@
+"""Settings of the runtime: where it listens, what it logs, how it serves."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The socket and the inference thread."""
+
+    endpoint: str = "ipc"
+    """`ipc` (a socket in a 0700 directory of this run), `ipc://PATH`, `tcp://127.0.0.1:PORT`, or, with `keys`, any tcp."""
+    keys: str | None = None
+    """Directory made by `fieldtune keys`; needed for every address that is not on this computer."""
+    max_batch: Count = 16
+    """Most requests that one inference may join."""
+    inference_threads: Count = 1
+    """Threads of onnxruntime; trainer and simulator share the cores."""
+    session_timeout_s: Positive = 30.0
+    """A session silent for longer is closed, its open episode kept as aborted."""
+
+
+class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The episode log."""
+
+    keep_gb: Positive = 10.0
+    """Oldest episodes that the trainer has taken and no longer holds are deleted above this size."""
+    queue_mb: Positive = 256.0
+    """Records that wait for the disk; above this the oldest open episode is given up as aborted and counted."""
+
+
+class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The runtime's settings."""
+
+    serve: ServeConfig = ServeConfig()
+    log: LogConfig = LogConfig()
+    keep_versions: Count = 20
+    """Bundles of retired versions kept on disk for rollback; the registry remembers all."""
+
+
+Explore = Literal["sample", "mean"]

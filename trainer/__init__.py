@@ -1,0 +1,1 @@
+"""The trainer: demonstrations, supervised fine-tuning, action-chunked PPO with self behaviour cloning."""

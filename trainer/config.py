@@ -1,0 +1,156 @@
+"""Settings of the trainer, each with its sentence. Importable without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+
+class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Scripted demonstrations."""
+
+    per_task: Count = 10
+    """Successful demonstrations collected for each task."""
+    first_seed: int = 0
+    """Seeds are taken from here upwards; a demonstration that fails is not kept and its seed is passed over."""
+
+
+class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The small reference VLA: camera images, proprioception and instruction tokens -> Gaussian chunk."""
+
+    horizon_steps: Count = 8
+    """h: actions in a chunk."""
+    channels: tuple[Count, ...] = (32, 64, 96, 128)
+    """Channels of the convolutions of the image encoder; each halves the image."""
+    width: Count = 384
+    """Width of the fusion MLP."""
+    text_width: Count = 64
+    """Width of the token embeddings and of the instruction vector."""
+    max_tokens: Count = 32
+    """Instruction tokens; longer instructions are refused, not cut."""
+    vocabulary: Count = 512
+    """Size of the byte-level BPE vocabulary built from the deployment's instructions."""
+    sigma: Positive = 0.2
+    """Initial standard deviation of each action, in units of half its range."""
+
+
+class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Supervised fine-tuning on demonstrations (AdamW, cosine schedule, random-shift augmentation)."""
+
+    steps: Count = 2500
+    """Gradient steps."""
+    batch: Count = 128
+    """Samples in a gradient step."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Meta(ge=0)] = 1e-4
+    """AdamW's decay of matrices."""
+    shift_px: Annotated[int, Meta(ge=0)] = 3
+    """Largest random shift of the images, in pixels of the policy's image."""
+
+
+class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Action-chunked PPO."""
+
+    gamma: Fraction = 0.99
+    """Discount of one environment step."""
+    lam: Fraction = 0.95
+    """lambda of GAE, over decisions."""
+    clip: Positive = 0.2
+    """Clipping range of the ratio of the executed slice."""
+    target_kl: Positive = 0.3
+    """A pass over the batch stops when the mean KL to the behaviour policy is above this."""
+    lr: Positive = 1e-4
+    """Learning rate of the actor."""
+    epochs: Count = 5
+    """Passes over the batch."""
+    minibatch: Count = 500
+    """Decisions in a gradient step."""
+    max_grad_norm: Positive = 1.0
+    """Gradients longer than this are scaled down."""
+    success_reward: float = 1.0
+    """Reward of the step that succeeds."""
+    step_cost: Annotated[float, Meta(ge=0)] = 0.005
+    """Price of every step: it makes a shorter success worth more."""
+    learn_sigma: bool = False
+    """Whether PPO may change the standard deviation, which depends on neither task nor state."""
+    critic_lr: Positive = 1e-3
+    """Learning rate of the value network."""
+    critic_warmup_iterations: Annotated[int, Meta(ge=0)] = 2
+    """First iterations in which only the value network learns."""
+    critic_warmup_epochs: Count = 40
+    """Passes of the value network over the batch in those iterations."""
+    critic_epochs: Count = 10
+    """Passes of the value network over the batch in every later iteration."""
+
+
+class BufferConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The demonstration buffer."""
+
+    per_task: Count = 100
+    """Episodes kept for each task."""
+    quantile: Fraction = 0.5
+    """A success is admitted when it is at most as long as this quantile of the task's recent successes."""
+    window: Count = 50
+    """Recent successes of a task over which the quantile runs."""
+
+
+class WeightConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The weight w(t) between PPO and self behaviour cloning: total = w L_ppo + (1 - w) c L_sbc."""
+
+    cloning_scale: Annotated[float, Meta(ge=0)] = 0.06
+    """c: scale of the cloning loss, a negative log-prob per action."""
+    ramp_iterations: Positive = 4.0
+    """w rises as tanh(iterations after the critic's warm-up / this)."""
+    w_max: Fraction = 0.9
+    """Largest w."""
+
+
+class StopConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """When training ends by itself; the first limit that is reached counts. None at all: it goes on until stopped."""
+
+    minutes: Positive | None = None
+    """Wall-clock minutes of training, pauses between a stop and a resume not counted."""
+    env_steps: Count | None = None
+    """Environment steps learned from."""
+    iterations: Count | None = None
+    """Trainer iterations."""
+
+
+class EvaluateConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Evaluation: mean action, goals from seeds that training never sees, the episode ends at success."""
+
+    episodes_per_task: Count = 50
+    """Episodes of each task."""
+    first_seed: int = 1_000_000
+    """Seeds of the goals, taken from here upwards."""
+
+
+class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The trainer's settings."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks to train on; empty: all tasks of the backend."""
+    train_first_seed: int = 10_000
+    """Seeds of training episodes are drawn from here upwards ..."""
+    train_seeds: Count = 900_000
+    """... this many of them, so that they never meet those of the evaluation."""
+    threads: Count = 1
+    """Threads of torch."""
+    episodes_per_iteration: Count = 20
+    """Episodes per task in one PPO batch."""
+    max_staleness_versions: Annotated[int, Meta(ge=0)] = 2
+    """Decisions of versions older than this many before the newest are left out of PPO and counted."""
+    demos: DemosConfig = DemosConfig()
+    vla: VLAConfig = VLAConfig()
+    sft: SFTConfig = SFTConfig()
+    ppo: PPOConfig = PPOConfig()
+    buffer: BufferConfig = BufferConfig()
+    weight: WeightConfig = WeightConfig()
+    stop: StopConfig = StopConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
