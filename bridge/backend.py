@@ -14,6 +14,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from bridge.errors import FieldtuneError
+
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
 
@@ -136,5 +138,5 @@ class HasExpert(Protocol):
         ...
 
 
-class BackendError(Exception):
+class BackendError(FieldtuneError):
     """The backend cannot do what it was asked; the message says what to do."""

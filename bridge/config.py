@@ -6,16 +6,20 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import yaml
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+from bridge.errors import FieldtuneError
 
 T = TypeVar("T")
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
 
 
-class ConfigError(Exception):
+class ConfigError(FieldtuneError):
     """The configuration is wrong; the message says where, what and what was expected."""
 
 
@@ -29,13 +33,17 @@ class BackendConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The side of the robot or simulator."""
 
-    workers: int = 1
+    workers: Count = 1
     """Processes that each drive one backend; a robot has one."""
-    horizon_steps: int = 200
+    endpoint: str | None = None
+    """Where the runtime is, if that is not `runtime.serve.endpoint` as written (a robot on another computer)."""
+    keys: str | None = None
+    """This client's directory made by `fieldtune keys`; needed when the runtime has keys."""
+    horizon_steps: Count = 200
     """Environment steps after which an episode is cut off; counted as a time-out."""
-    request_timeout_s: float = 10.0
+    request_timeout_s: Positive = 10.0
     """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
-    give_up_after_s: float = 60.0
+    give_up_after_s: Positive = 60.0
     """How long the bridge looks for a runtime that does not answer before it exits with an error."""
 
 
@@ -43,14 +51,27 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(rules) for key, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, which quotes whatever `_Loader` would take for a number, and writes equal values out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _read(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+
+
+def dump_yaml(value: Any) -> str:
+    """`value` as YAML that `load_yaml` reads back as it was. Raises `yaml.YAMLError` for anything but plain values."""
+    # Plain ASCII, the rest escaped: YAML's reader takes some other characters for the end of a line.
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120))
 
 
 def load_yaml(path: Path) -> Any:

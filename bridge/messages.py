@@ -1,8 +1,8 @@
 """Every message on the wire, and the only code that turns bytes into arrays.
 
-A message is a list of ZeroMQ frames: a msgpack header (one of the Structs below, told apart by `kind`) and one raw frame
-for each tensor in the header's `tensors` table. Nothing is ever unpickled. A frame becomes an array only after its
-dtype, shape and byte count agree with the table, so a sender cannot make the receiver allocate or read beyond it.
+A message is a list of ZeroMQ frames: a msgpack header (one of the Structs below, told apart by `kind`) and one raw
+frame for each tensor in the header's `tensors` table. Nothing is ever unpickled. A frame becomes an array only after
+its dtype, shape and byte count agree with the table, so a sender cannot make the receiver allocate or read beyond it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec, Observation
+from bridge.errors import FieldtuneError
 
 PROTOCOL = 1
 MAX_HEADER_BYTES = 64 * 1024
@@ -27,10 +28,12 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 DTYPES = {name: np.dtype(name) for name in ("|u1", "|i1", "|b1", "<u2", "<i2", "<i4", "<i8", "<f2", "<f4", "<f8")}
 
 Arrays = Mapping[str, NDArray[Any]]
-Code = Literal["protocol", "malformed", "spec", "session", "episode", "replayed", "bundle", "version", "internal"]
+Code = Literal[
+    "protocol", "malformed", "spec", "session", "episode", "replayed", "bundle", "version", "storage", "internal"
+]
 
 
-class WireError(Exception):
+class WireError(FieldtuneError):
     """A message that cannot be read; `field` names the part of it that is wrong."""
 
     def __init__(self, field: str, message: str) -> None:
@@ -195,8 +198,10 @@ def encode(message: Message, arrays: Arrays | None = None) -> list[Any]:
     table, frames = [], []
     for name, array in arrays.items():
         if array.dtype.str not in DTYPES:
-            raise WireError(f"tensors.{name}.dtype", f"{array.dtype} does not travel; expected one of {', '.join(DTYPES)}")
-        array = np.ascontiguousarray(array)
+            raise WireError(
+                f"tensors.{name}.dtype", f"{array.dtype} does not travel; expected one of {', '.join(DTYPES)}"
+            )
+        array = np.asarray(array, order="C")
         table.append(TensorInfo(name, array.dtype.str, array.shape))
         frames.append(array.data if array.size else b"")
     return [_encoder.encode(msgspec.structs.replace(message, tensors=tuple(table))), *frames]
@@ -242,11 +247,16 @@ def tensor_from_bytes(info: TensorInfo, data: Any) -> NDArray[Any]:
     if dtype is None:
         raise WireError(f"{field}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}")
     if len(info.shape) > MAX_DIMS or any(size < 0 for size in info.shape):
-        raise WireError(f"{field}.shape", f"{info.shape} is not a shape of at most {MAX_DIMS} dimensions")
+        raise WireError(f"{field}.shape", f"{info.shape[:8]} is not a shape of at most {MAX_DIMS} dimensions")
+    # An empty array may not name huge sizes either: numpy has its own limits on those, and other errors.
+    if math.prod(max(size, 1) for size in info.shape) * dtype.itemsize > MAX_FRAME_BYTES:
+        raise WireError(f"{field}.shape", f"{info.shape} of {info.dtype} is more than {MAX_FRAME_BYTES} bytes")
     count = math.prod(info.shape)
     nbytes = memoryview(data).nbytes
-    if count * dtype.itemsize != nbytes or nbytes > MAX_FRAME_BYTES:
-        raise WireError(field, f"shape {info.shape} of {info.dtype} needs {count * dtype.itemsize} bytes, the frame has {nbytes}")
+    if count * dtype.itemsize != nbytes:
+        raise WireError(
+            field, f"shape {info.shape} of {info.dtype} needs {count * dtype.itemsize} bytes, the frame has {nbytes}"
+        )
     array = np.frombuffer(data, dtype=dtype, count=count).reshape(info.shape)
     array.flags.writeable = False
     return array
@@ -283,6 +293,8 @@ def check_observation(tensors: Arrays, spec: BackendSpec) -> None:
             raise WireError(f"tensors.{name}", "missing from the observation")
         array = tensors[name]
         if array.dtype.str != dtype or array.shape != shape:
-            raise WireError(f"tensors.{name}", f"is {array.dtype.str}{list(array.shape)}, expected {dtype}{list(shape)}")
+            raise WireError(
+                f"tensors.{name}", f"is {array.dtype.str}{list(array.shape)}, expected {dtype}{list(shape)}"
+            )
         if dtype == "<f4" and not np.isfinite(array).all():
             raise WireError(f"tensors.{name}", "holds a value that is not finite")

@@ -1,0 +1,294 @@
+"""Any registered Gymnasium environment with a continuous action."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from bridge.backend import (
+    ActionSpec,
+    BackendError,
+    BackendSpec,
+    CameraSpec,
+    Float32,
+    Observation,
+    Outcome,
+    Status,
+    UInt8,
+    VectorSpec,
+)
+from bridge.config import ConfigError
+
+_OPTIONS = "$.backend.options"
+_DEFAULT_HZ = 20.0
+
+
+class GymnasiumCamera(Struct, frozen=True, forbid_unknown_fields=True):
+    """One camera: what the environment renders, or an image in its observation, as uint8 `[size_px, size_px, 3]`."""
+
+    name: str
+    size_px: Annotated[int, Meta(ge=8, le=1024)] = 64
+    source: str = "render"
+    """`render`, or a key of a Dict observation whose value is uint8 `[H, W, 3]`."""
+
+
+class GymnasiumOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of the backend `gymnasium`."""
+
+    id: str
+    """The id the environment is registered under."""
+    kwargs: dict[str, Any] = {}
+    """Passed to `gymnasium.make`."""
+    imports: tuple[str, ...] = ()
+    """Modules whose import registers the id."""
+    cameras: tuple[GymnasiumCamera, ...] = ()
+    state: tuple[str, ...] | None = None
+    """Keys of a Dict observation that make up the state; a Box observation is the state as a whole."""
+    success: str | None = None
+    """Key in `info` that is true once the task is done."""
+    terminated: Literal["success", "failure"] = "failure"
+    """What it means when the environment terminates and `success` does not say that the task is done."""
+    instruction: str = ""
+    task: str | None = None
+    """Name of the one task; the id if absent."""
+    control_hz: Annotated[float, Meta(gt=0)] | None = None
+    """Actions a second; the environment's `render_fps` if absent, else 20."""
+
+
+class Gymnasium:
+    """The backend. Time-outs of the environment count as `timeout`, terminations as the options say."""
+
+    def __init__(self, options: GymnasiumOptions) -> None:
+        """Make the environment, as its spaces are the spec. Raises `ConfigError` naming the option that is wrong."""
+        self._options = options
+        self._task = options.task or options.id
+        self._env = _make(options)
+        try:
+            self._spec = self._read_spec()
+        except ConfigError:
+            self._env.close()
+            raise
+        self._observation: Any = None
+        self._outcome = Outcome("running", 0.0)
+        self._saw_success_key = False
+        self._resizers: dict[tuple[int, int, int], _Resizer] = {}
+        self._closed = False
+
+    @property
+    def spec(self) -> BackendSpec:
+        """Read from the environment's spaces; it names no units, so they are `unknown`."""
+        return self._spec
+
+    def connect(self) -> None:
+        """Make the environment again if it was closed."""
+        if self._closed:
+            self._env = _make(self._options)
+            self._closed = False
+
+    def reset(self, task: str, seed: int) -> None:
+        """Reset the environment with the seed (0 or more)."""
+        if self._closed:
+            raise BackendError("gymnasium is not connected; call connect() before reset()")
+        if task != self._task:
+            raise BackendError(f"gymnasium has no task {task!r} here; its task is {self._task!r}")
+        if seed < 0:
+            raise BackendError(f"seed {seed} is negative; Gymnasium's seeds are 0 or more")
+        self._observation, _ = self._env.reset(seed=seed)
+        self._outcome = Outcome("running", 0.0)
+        self._saw_success_key = False
+
+    def observe(self) -> Observation:
+        """Render or copy the cameras, resized by area, and flatten the state."""
+        self._check_running()
+        images = {camera.name: self._image(camera) for camera in self._options.cameras}
+        return Observation(images=images, state=self._state())
+
+    def apply(self, action: Float32) -> Float32:
+        """Clip to the limits and step once; returns the clipped action float32 `[d]`."""
+        self._check_running()
+        space = self._env.action_space
+        size = len(self._spec.action.names)
+        if np.shape(action) != (size,) or not np.isfinite(action).all():
+            raise BackendError(f"an action of {self._options.id} is {size} finite numbers, not {action!r}")
+        sent = np.clip(np.asarray(action, np.float32), self._spec.action.low, self._spec.action.high)
+        sent = sent.astype(np.float32)
+        step = self._env.step(sent.reshape(space.shape).astype(space.dtype))
+        self._observation, reward, terminated, truncated, info = step
+        self._outcome = Outcome(self._status(terminated, truncated, info), float(reward))
+        return sent
+
+    def outcome(self) -> Outcome:
+        """Status after the last step, and the environment's reward for it."""
+        self._check_running()
+        return self._outcome
+
+    def hold_action(self) -> Float32:
+        """Zero, or the limit nearest to it."""
+        limits = self._spec.action
+        return np.clip(np.zeros(len(limits.names)), limits.low, limits.high).astype(np.float32)
+
+    def stop(self) -> None:
+        """Nothing moves between two calls of `apply`."""
+
+    def close(self) -> None:
+        """Close the environment; `connect` makes it again."""
+        if not self._closed:
+            self._env.close()
+            self._observation = None
+            self._closed = True
+
+    def _check_running(self) -> None:
+        if self._observation is None:
+            raise BackendError("gymnasium has no episode; call connect() and reset() first")
+
+    def _status(self, terminated: bool, truncated: bool, info: dict[str, Any]) -> Status:
+        """Success outlasts later steps; a termination without it is what the options say; a truncation is a timeout."""
+        key = self._options.success
+        if key is not None and key in info:
+            self._saw_success_key = True
+            if bool(info[key]):
+                return "success"
+        if self._outcome.status == "success":
+            return "success"
+        if key is not None and (terminated or truncated) and not self._saw_success_key:
+            raise BackendError(
+                f"{self._options.id} never put {key!r} into info (last keys: {', '.join(info) or 'none'}); "
+                f"correct {_OPTIONS}.success or leave it out"
+            )
+        if terminated:
+            return self._options.terminated
+        return "timeout" if truncated else "running"
+
+    def _state(self) -> Float32:
+        if self._options.state is None:
+            parts = [self._observation]
+        else:
+            parts = [self._observation[key] for key in self._options.state]
+        flat = [np.asarray(part, np.float32).ravel() for part in parts]
+        return np.concatenate(flat) if flat else np.zeros(0, np.float32)
+
+    def _image(self, camera: GymnasiumCamera) -> UInt8:
+        source = self._env.render() if camera.source == "render" else self._observation[camera.source]
+        image = np.asarray(source)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BackendError(
+                f"camera {camera.name}: {camera.source} of {self._options.id} gives {image.dtype}{list(image.shape)}, "
+                "expected uint8 [H, W, 3]"
+            )
+        key = (image.shape[0], image.shape[1], camera.size_px)
+        if key not in self._resizers:
+            self._resizers[key] = _Resizer(*key)
+        return self._resizers[key](image)
+
+    def _read_spec(self) -> BackendSpec:
+        from gymnasium.spaces import Box
+
+        options, env = self._options, self._env
+        action = env.action_space
+        if not isinstance(action, Box) or not np.issubdtype(action.dtype, np.floating):
+            raise ConfigError(f"{_OPTIONS}.id: the action of {options.id} is {action}, expected a Box of floats")
+        low, high = (tuple(float(x) for x in bound.ravel()) for bound in (action.low, action.high))
+        return BackendSpec(
+            name="gymnasium",
+            cameras=tuple(self._camera_spec(index) for index in range(len(options.cameras))),
+            state=self._state_spec(),
+            action=ActionSpec(
+                names=tuple(f"action_{i}" for i in range(len(low))),
+                units=("unknown",) * len(low),
+                low=low,
+                high=high,
+                kind="absolute",
+            ),
+            control_hz=options.control_hz or float(env.metadata.get("render_fps") or _DEFAULT_HZ),
+            instructions={self._task: options.instruction},
+        )
+
+    def _camera_spec(self, index: int) -> CameraSpec:
+        from gymnasium.spaces import Box, Dict
+
+        camera, where = self._options.cameras[index], f"{_OPTIONS}.cameras[{index}]"
+        if camera.name in [other.name for other in self._options.cameras[:index]]:
+            raise ConfigError(f"{where}.name: {camera.name!r} is the name of another camera")
+        if camera.source != "render":
+            space = self._env.observation_space
+            part = space.spaces.get(camera.source) if isinstance(space, Dict) else None
+            if not isinstance(part, Box) or part.dtype != np.uint8 or len(part.shape) != 3 or part.shape[2] != 3:
+                raise ConfigError(
+                    f"{where}.source: {camera.source!r} is {part}, expected `render` or a key of the observation that "
+                    f"holds uint8 [H, W, 3] (the observation is {space})"
+                )
+        return CameraSpec(camera.name, camera.size_px, camera.size_px)
+
+    def _state_spec(self) -> VectorSpec:
+        from gymnasium.spaces import Box, Dict
+
+        space, keys = self._env.observation_space, self._options.state
+        names: list[str] = []
+        if isinstance(space, Box) and keys is None:
+            names += [f"observation_{i}" for i in range(int(np.prod(space.shape)))]
+        elif isinstance(space, Dict) and keys is not None:
+            for index, key in enumerate(keys):
+                part = space.spaces.get(key)
+                if not isinstance(part, Box):
+                    known = ", ".join(name for name, other in space.spaces.items() if isinstance(other, Box))
+                    raise ConfigError(f"{_OPTIONS}.state[{index}]: {key!r} is {part}, expected one of {known}")
+                names += [f"{key}_{i}" for i in range(int(np.prod(part.shape)))]
+        elif isinstance(space, Dict):
+            raise ConfigError(f"{_OPTIONS}.state: missing; name keys of the observation: {', '.join(space.spaces)}")
+        else:
+            expected = "no `state`" if isinstance(space, Box) else "a Box or a Dict of them"
+            raise ConfigError(
+                f"{_OPTIONS}.state: the observation of {self._options.id} is {space}, expected {expected}"
+            )
+        return VectorSpec(names=tuple(names), units=("unknown",) * len(names))
+
+
+class _Resizer:
+    """Resizes uint8 `[H, W, 3]` to `[size, size, 3]` by area: each new pixel is the mean of what it covers.
+
+    Where the image grows this is the nearest pixel, mixed at borders.
+    """
+
+    def __init__(self, height: int, width: int, size: int) -> None:
+        self._rows = _area_weights(height, size)
+        self._columns = _area_weights(width, size)
+        self._same = height == width == size
+
+    def __call__(self, image: UInt8) -> UInt8:
+        if self._same:
+            return image.copy()
+        rows = np.tensordot(self._rows, image.astype(np.float32), axes=(1, 0))
+        resized = np.tensordot(rows, self._columns, axes=(1, 1)).transpose(0, 2, 1)
+        return np.ascontiguousarray(np.rint(resized).astype(np.uint8))
+
+
+def _area_weights(old: int, new: int) -> NDArray[np.float32]:
+    """`[new, old]`: the share of each old pixel in each new one; rows sum to 1."""
+    edges = np.linspace(0.0, old, new + 1)
+    pixel = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return np.asarray(np.maximum(overlap, 0.0) * (new / old), np.float32)
+
+
+def _make(options: GymnasiumOptions) -> Any:
+    """The environment; raises `ConfigError` where the id, its module or its arguments are wrong."""
+    import gymnasium
+
+    for index, name in enumerate(options.imports):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"{_OPTIONS}.imports[{index}]: {name} cannot be imported: {error}") from error
+    kwargs = dict(options.kwargs)
+    if any(camera.source == "render" for camera in options.cameras):
+        kwargs.setdefault("render_mode", "rgb_array")
+    try:
+        return gymnasium.make(options.id, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ConfigError(f"{_OPTIONS}.id: {options.id} cannot be made: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{_OPTIONS}.kwargs: {options.id} refuses them: {error}") from error

@@ -1,0 +1,160 @@
+"""The client's end of the wire: requests with ids and deadlines over a DEALER socket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+from numpy.typing import NDArray
+
+from bridge.backend import BackendSpec
+from bridge.endpoint import require_private
+from bridge.errors import FieldtuneError
+from bridge.keys import secure_client
+from bridge.messages import (
+    MAX_FRAME_BYTES,
+    PROTOCOL,
+    Arrays,
+    Hello,
+    Message,
+    Refused,
+    Reply,
+    Welcome,
+    WireError,
+    decode_reply,
+    encode,
+)
+
+R = TypeVar("R", bound=Message)
+
+
+class SilentError(FieldtuneError):
+    """The runtime did not answer within the deadline."""
+
+
+class RefusedError(FieldtuneError):
+    """The runtime refused a request; `refused` holds its code, field and message."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(f"{refused.code}: {refused.field}: {refused.message}" if refused.field else refused.message)
+        self.refused = refused
+
+
+class PolicyClient:
+    """One conversation with a runtime. Not thread-safe.
+
+    Replies carry the id of their request; a reply to anything but the request at hand (one that came after its
+    deadline, say) is dropped and counted in `dropped`.
+    """
+
+    def __init__(self, endpoint: str, *, client: str, timeout_s: float = 10.0, keys: Path | None = None) -> None:
+        self.endpoint = endpoint
+        self.client = client
+        self.timeout_s = timeout_s
+        self.keys = keys
+        self.dropped = 0
+        self._request = 0
+        self._asked = 0
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._connect()
+
+    def hello(self, spec: BackendSpec | None = None, timeout_s: float | None = None) -> Welcome:
+        """Open a session on a fresh connection; with the backend's `spec` if it is to ask for chunks."""
+        self._socket.close()
+        self._socket = self._connect()
+        reply, _ = self.request(Hello(protocol=PROTOCOL, client=self.client, spec=spec), Welcome, timeout_s=timeout_s)
+        return reply
+
+    def request(
+        self, message: Message, kind: type[R], arrays: Arrays | None = None, timeout_s: float | None = None
+    ) -> tuple[R, dict[str, NDArray[Any]]]:
+        """Send a request and wait for its reply of type `kind`.
+
+        Raises `SilentError` after the deadline, `RefusedError` if the runtime refuses this or an earlier notification,
+        and `WireError` if what came cannot be read.
+        """
+        reply, tensors = self.ask(message, arrays, timeout_s)
+        if not isinstance(reply, kind):
+            raise WireError("kind", f"{type(message).__name__} was answered by {type(reply).__name__}")
+        return reply, tensors
+
+    def ask(
+        self, message: Message, arrays: Arrays | None = None, timeout_s: float | None = None
+    ) -> tuple[Reply, dict[str, NDArray[Any]]]:
+        """`request` for a message that has replies of several types."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        before = self._asked
+        sent = self._asked = self._send(message, arrays, limit_s)
+        while True:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or not self._socket.poll(max(1, int(remaining_s * 1000))):
+                raise SilentError(f"{self.endpoint}: no answer to {type(message).__name__} within {limit_s:g} s")
+            reply, tensors = decode_reply(self._socket.recv_multipart())
+            # A refusal may also be of a notification since the last request, or of a message that could not be read
+            # and so has no id.
+            if isinstance(reply, Refused) and (reply.request == 0 or before < reply.request <= sent):
+                raise RefusedError(reply)
+            if reply.request == sent:
+                return reply, tensors
+            self.dropped += 1
+
+    def notify(self, message: Message, arrays: Arrays | None = None) -> None:
+        """Send a message that is answered only if it is refused; the next `request` raises the refusal."""
+        self._send(message, arrays, self.timeout_s)
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        self._socket.close()
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, message: Message, arrays: Arrays | None, limit_s: float) -> int:
+        self._request += 1
+        frames = encode(msgspec.structs.replace(message, request=self._request), arrays)
+        self._socket.sndtimeo = max(1, int(limit_s * 1000))
+        try:
+            # Copied once: an array that is overwritten while ZeroMQ still reads it would corrupt the message.
+            self._socket.send_multipart(frames, copy=True)
+        except zmq.Again as error:
+            raise SilentError(f"{self.endpoint}: nobody listens there (waited {limit_s:g} s)") from error
+        return self._request
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        if self.endpoint.startswith("ipc://"):
+            # Somebody else's socket at a guessable address must not be taken for the runtime.
+            require_private(self.endpoint)
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.immediate = True
+        socket.maxmsgsize = MAX_FRAME_BYTES
+        if self.keys is not None:
+            secure_client(socket, self.keys)
+        socket.connect(self.endpoint)
+        return socket
+
+
+def retry_hello(
+    client: PolicyClient, spec: BackendSpec | None, *, give_up_after_s: float, stopped: Callable[[], bool]
+) -> Welcome | None:
+    """Say hello until the runtime answers; None if `stopped` first. Raises `SilentError` after `give_up_after_s`."""
+    deadline = time.monotonic() + give_up_after_s
+    while not stopped():
+        try:
+            return client.hello(spec, timeout_s=1.0)
+        except SilentError:
+            if time.monotonic() > deadline:
+                raise
+    return None

@@ -1,0 +1,270 @@
+"""The control loop: what it executes, what it reports, and that the robot is stopped whenever something is wrong."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from bridge.backend import ActionSpec, BackendError, BackendSpec, Float32, Observation, Outcome, VectorSpec
+from bridge.client import RefusedError, SilentError
+from bridge.control import Pacer, checked_actions, run_episode
+from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Executed, Infer, Message, Refused, WireError
+
+H, D = 4, 2
+SPEC = BackendSpec(
+    name="fake",
+    cameras=(),
+    state=VectorSpec(("step",), ("1",)),
+    action=ActionSpec(("a", "b"), ("1", "1"), (-1.0, -1.0), (1.0, 1.0), "delta"),
+    control_hz=1000.0,
+    instructions={"t": "go"},
+)
+TASK = Assignment(episode="e1", task="t", seed=3, horizon_steps=10)
+
+
+@dataclass
+class FakeBackend:
+    """Counts what is done to it; `ends` maps a step to the status after it."""
+
+    ends: dict[int, Any] = field(default_factory=dict)
+    spec: BackendSpec = SPEC
+    fail_at: int | None = None
+    applied: list[Float32] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    stopped: int = 0
+
+    def connect(self) -> None:
+        self.calls.append("connect")
+
+    def reset(self, task: str, seed: int) -> None:
+        self.calls.append(f"reset {task} {seed}")
+
+    def observe(self) -> Observation:
+        self.calls.append("observe")
+        return Observation({}, np.array([len(self.applied)], np.float32))
+
+    def apply(self, action: Float32) -> Float32:
+        if len(self.applied) == self.fail_at:
+            raise BackendError("the arm is in the way")
+        self.applied.append(action.copy())
+        return np.clip(action, -1, 1)
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.ends.get(len(self.applied), "running"), 0.5 * len(self.applied))
+
+    def hold_action(self) -> Float32:
+        return np.zeros(D, np.float32)
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@dataclass
+class FakeClient:
+    """Gives chunk n the actions n, n, ...; `spoil` may change or raise before a chunk is given."""
+
+    spoil: Callable[[Chunk, dict[str, Any]], tuple[Chunk, dict[str, Any]]] = lambda chunk, arrays: (chunk, arrays)
+    refuse_end: bool = False
+    infers: list[tuple[Infer, dict[str, Any]]] = field(default_factory=list)
+    reports: list[tuple[Executed, dict[str, Any]]] = field(default_factory=list)
+    ends: list[tuple[EndEpisode, dict[str, Any]]] = field(default_factory=list)
+
+    def request(self, message: Message, kind: type, arrays: Any = None, timeout_s: Any = None) -> tuple[Any, Any]:
+        if isinstance(message, Infer):
+            self.infers.append((message, arrays))
+            n = len(self.infers)
+            chunk = Chunk(episode=message.episode, decision=n, version=f"v{(n + 1) // 2}")
+            return self.spoil(chunk, {"actions": np.full((H, D), n, np.float32)})
+        assert isinstance(message, EndEpisode)
+        self.ends.append((message, arrays))
+        if self.refuse_end:
+            raise RefusedError(Refused(code="storage", field="episode", message="disk full"))
+        return EpisodeStored(episode=message.episode), {}
+
+    def notify(self, message: Message, arrays: Any = None) -> None:
+        assert isinstance(message, Executed)
+        self.reports.append((message, arrays))
+
+
+def run(backend: FakeBackend, client: FakeClient, task: Assignment = TASK, stopped: Callable[[], bool] = lambda: False):
+    return run_episode(backend, client, "s1", task, stopped)
+
+
+def test_a_chunk_is_cut_at_success_and_only_what_was_executed_is_reported() -> None:
+    backend, client = FakeBackend(ends={6: "success"}), FakeClient()
+    report = run(backend, client)
+    assert report is not None
+    assert (report.status, report.steps, report.decisions, report.versions) == ("success", 6, 2, ("v1",))
+    assert [action[0] for action in backend.applied] == [1, 1, 1, 1, 2, 2]
+    assert [message.step for message, _ in client.infers] == [0, 4]
+    assert [message.decision for message, _ in client.reports] == [1, 2]
+    # The backend's clipping, not the policy's wish, is what was sent.
+    np.testing.assert_array_equal(client.reports[1][1]["sent"], np.ones((2, D), np.float32))
+    np.testing.assert_array_equal(client.reports[1][1]["reward"], np.array([2.5, 3.0], np.float32))
+    end, final = client.ends[0]
+    assert (end.session, end.episode, end.status, end.steps) == ("s1", "e1", "success", 6)
+    np.testing.assert_array_equal(final["state"], [6])
+
+
+def test_every_chunk_is_asked_for_with_the_observation_at_that_step() -> None:
+    client = FakeClient()
+    run(FakeBackend(), client)
+    assert [float(arrays["state"][0]) for _, arrays in client.infers] == [0, 4, 8]
+    assert all(message.episode == "e1" and message.session == "s1" for message, _ in client.infers)
+
+
+def test_the_horizon_cuts_the_last_chunk_and_is_a_timeout() -> None:
+    backend, client = FakeBackend(), FakeClient()
+    report = run(backend, client)
+    assert report is not None
+    assert (report.status, report.steps, report.decisions) == ("timeout", 10, 3)
+    assert [len(arrays["sent"]) for _, arrays in client.reports] == [4, 4, 2]
+    assert client.ends[0][0].status == "timeout"
+
+
+@pytest.mark.parametrize("status", ["success", "failure", "timeout"])
+def test_what_the_backend_says_at_the_last_step_counts_more_than_the_horizon(status: str) -> None:
+    client = FakeClient()
+    report = run(FakeBackend(ends={10: status}), client)
+    assert report is not None and report.status == status
+    assert client.ends[0][0].status == status
+
+
+def spoiled(**changes: Any) -> FakeClient:
+    """The second chunk is wrong."""
+
+    def spoil(chunk: Chunk, arrays: dict[str, Any]) -> tuple[Chunk, dict[str, Any]]:
+        if chunk.decision < 2:
+            return chunk, arrays
+        if "actions" in changes:
+            return chunk, {name: value for name, value in changes.items() if value is not None}
+        return replace(chunk, **changes), arrays
+
+    return FakeClient(spoil)
+
+
+BAD = np.full((H, D), np.nan, np.float32)
+LAST_BAD = np.zeros((H, D), np.float32)
+LAST_BAD[-1, -1] = np.inf
+
+
+@pytest.mark.parametrize(
+    ("client", "field"),
+    [
+        (spoiled(episode="e0"), "episode"),
+        (spoiled(actions=BAD), "tensors.actions"),
+        (spoiled(actions=LAST_BAD), "tensors.actions"),
+        (spoiled(actions=None), "tensors.actions"),
+        (spoiled(actions=np.zeros((H, D + 1), np.float32)), "tensors.actions"),
+        (spoiled(actions=np.zeros((0, D), np.float32)), "tensors.actions"),
+        (spoiled(actions=np.zeros(D, np.float32)), "tensors.actions"),
+        (spoiled(actions=np.zeros((H, D), np.float64)), "tensors.actions"),
+    ],
+)
+def test_nothing_of_a_wrong_chunk_is_executed_and_the_backend_is_stopped(client: FakeClient, field: str) -> None:
+    backend = FakeBackend()
+    with pytest.raises(WireError) as caught:
+        run(backend, client)
+    assert caught.value.field == field
+    assert len(backend.applied) == H
+    assert backend.stopped >= 1
+    assert not client.ends
+
+
+def test_checked_actions_passes_a_good_chunk() -> None:
+    actions = np.ones((H, D), np.float32)
+    assert checked_actions(Chunk(episode="e", decision=1, version="v"), {"actions": actions}, "e", D) is actions
+
+
+@pytest.mark.parametrize("error", [SilentError("silent"), KeyboardInterrupt(), RuntimeError("bug")])
+def test_whatever_goes_wrong_while_asking_stops_the_backend(error: BaseException) -> None:
+    def spoil(chunk: Chunk, arrays: dict[str, Any]) -> Any:
+        raise error
+
+    backend = FakeBackend()
+    with pytest.raises(type(error)):
+        run(backend, FakeClient(spoil))
+    assert backend.stopped >= 1 and not backend.applied
+
+
+def test_a_backend_that_fails_is_stopped() -> None:
+    backend = FakeBackend(fail_at=2)
+    with pytest.raises(BackendError, match="the arm is in the way"):
+        run(backend, FakeClient())
+    assert backend.stopped >= 1
+
+
+def test_an_end_that_is_refused_stops_the_backend() -> None:
+    backend = FakeBackend()
+    with pytest.raises(RefusedError, match="disk full"):
+        run(backend, FakeClient(refuse_end=True))
+    assert backend.stopped >= 1
+
+
+def test_a_stop_in_mid_episode_ends_it_without_an_end_message() -> None:
+    backend, client = FakeBackend(), FakeClient()
+    assert run(backend, client, stopped=lambda: len(backend.applied) >= H) is None
+    assert len(backend.applied) == H
+    assert backend.stopped >= 1
+    assert not client.ends
+
+
+def test_a_robot_is_stopped_at_the_end_and_a_simulator_need_not_be() -> None:
+    robot = FakeBackend(spec=replace(SPEC, paced=True))
+    report = run(robot, FakeClient())
+    assert report is not None and robot.stopped == 1
+    simulator = FakeBackend()
+    run(simulator, FakeClient())
+    assert simulator.stopped == 0
+
+
+@dataclass
+class Clock:
+    """Time that passes only by sleeping and by `work`."""
+
+    now_s: float = 100.0
+    slept: list[float] = field(default_factory=list)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        # A real sleep is never exact.
+        self.now_s += seconds + 0.0007
+
+    def work(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_the_pace_does_not_drift() -> None:
+    clock = Clock()
+    pacer = Pacer(0.02, clock=clock, sleep=clock.sleep)
+    pacer.start()
+    for i in range(1000):
+        clock.work(0.003 + 0.005 * (i % 3))
+        pacer.wait()
+    # 0.7 ms late at every tick, and no later at the thousandth.
+    assert clock.now_s - 100.0 == pytest.approx(1000 * 0.02 + 0.0007, abs=1e-6)
+    assert pacer.overruns == 0
+
+
+def test_an_overrun_is_counted_and_not_caught_up_by_hurrying() -> None:
+    clock = Clock()
+    pacer = Pacer(0.02, clock=clock, sleep=clock.sleep)
+    pacer.start()
+    pacer.wait()
+    clock.work(0.1)
+    pacer.wait()
+    assert pacer.overruns == 1
+    late_s = clock.now_s
+    pacer.wait()
+    assert clock.now_s - late_s == pytest.approx(0.0207)
+    assert pacer.overruns == 1
+    assert all(seconds >= 0 for seconds in clock.slept)

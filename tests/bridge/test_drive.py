@@ -1,0 +1,308 @@
+"""A bridge worker against real runtimes that stop, are killed, refuse or cannot log."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import yaml
+from msgspec.structs import replace
+
+from bridge.backend import Backend
+from bridge.client import PolicyClient, RefusedError, SilentError
+from bridge.config import BridgeConfig
+from bridge.control import EpisodeReport
+from bridge.drive import MAX_FAILURES, DriveSummary, drive
+from bridge.messages import Assignment
+
+ENOUGH_S = 60.0
+
+
+class Watched:
+    """A backend that notes when it is connected, stopped and closed."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("connect", "stop", "close", "reset"):
+            self.calls.append(name)
+        return getattr(self.backend, name)
+
+
+class Worker:
+    """`drive` in a thread, with what it reported."""
+
+    def __init__(self, backend: Any, client: PolicyClient, config: BridgeConfig, episodes: int | None) -> None:
+        self.backend, self.client = backend, client
+        self.stop = threading.Event()
+        self.reports: list[tuple[EpisodeReport, Assignment]] = []
+        self.warnings: list[str] = []
+        self.summary: DriveSummary | None = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, args=(config, episodes), daemon=True)
+        self.thread.start()
+
+    def _run(self, config: BridgeConfig, episodes: int | None) -> None:
+        try:
+            self.summary = drive(
+                self.backend,
+                self.client,
+                config,
+                stopped=self.stop.is_set,
+                report=lambda report, assignment: self.reports.append((report, assignment)),
+                warn=self.warnings.append,
+                episodes=episodes,
+            )
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> DriveSummary:
+        self.thread.join(ENOUGH_S)
+        assert not self.thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        assert self.summary is not None
+        return self.summary
+
+
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def work(point: Backend) -> Iterator[Start]:
+    workers: list[Worker] = []
+
+    def start(endpoint: str, *, episodes: int | None = None, backend: Any = None, **config: Any) -> Worker:
+        settings = BridgeConfig(**{"request_timeout_s": 1.0, "give_up_after_s": ENOUGH_S, **config})
+        client = PolicyClient(endpoint, client="worker", timeout_s=settings.request_timeout_s)
+        workers.append(Worker(backend or Watched(point), client, settings, episodes))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.stop.set()
+        worker.thread.join(ENOUGH_S)
+        worker.client.close()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + ENOUGH_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {ENOUGH_S} s for {what}"
+        time.sleep(0.01)
+
+
+def test_episodes_are_driven_reported_and_stored(serve: Any, work: Start) -> None:
+    serving = serve(horizon_steps=6)
+    worker = work(serving.endpoint, episodes=5)
+    summary = worker.join()
+    assert summary.episodes == len(worker.reports) == 5
+    assert summary.dropped_episodes == 0 and not worker.warnings
+    assert summary.steps == sum(report.steps for report, _ in worker.reports)
+    rows = [serving.log.index.get(assignment.episode) for _, assignment in worker.reports]
+    for (report, assignment), row in zip(worker.reports, rows, strict=True):
+        assert row is not None
+        assert (row.task, row.seed, row.status, row.steps, row.versions) == (
+            assignment.task,
+            assignment.seed,
+            report.status,
+            report.steps,
+            report.versions,
+        )
+    assert serving.log.index.count() == 5
+    assert worker.backend.calls[0] == "connect" and worker.backend.calls[-2:] == ["stop", "close"]
+
+
+def test_a_worker_leaves_when_there_is_nothing_left_to_do(serve: Any, work: Start) -> None:
+    from runtime.schedule import FixedList
+
+    serving = serve(schedule=FixedList([("reach", seed) for seed in range(4)]), horizon_steps=6)
+    worker = work(serving.endpoint)
+    assert worker.join().episodes == 4
+    assert sorted(assignment.seed for _, assignment in worker.reports) == [0, 1, 2, 3]
+
+
+def test_a_worker_survives_a_runtime_that_stops_and_comes_back(serve: Any, work: Start, tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/policy.sock"
+    first = serve(endpoint=endpoint, horizon_steps=6)
+    worker = work(endpoint)
+    until(lambda: len(worker.reports) >= 3, "three episodes")
+    first.stop()
+    until(lambda: bool(worker.warnings), "the worker to notice")
+    done = len(worker.reports)
+    second = serve(endpoint=endpoint, horizon_steps=6)
+    until(lambda: len(worker.reports) >= done + 3, "three more episodes")
+    worker.stop.set()
+    worker.join()
+    for _, assignment in worker.reports:
+        row = second.log.index.get(assignment.episode)
+        assert row is not None and row.status in ("success", "timeout")
+
+
+def test_a_worker_gives_up_when_no_runtime_comes(work: Start, tmp_path: Path) -> None:
+    worker = work(f"ipc://{tmp_path}/policy.sock", give_up_after_s=0.1)
+    with pytest.raises(SilentError, match="nobody listens"):
+        worker.join()
+    assert worker.backend.calls[-2:] == ["stop", "close"]
+
+
+def test_a_worker_that_is_stopped_leaves_at_once(serve: Any, work: Start, tmp_path: Path) -> None:
+    waiting = work(f"ipc://{tmp_path}/none.sock")
+    waiting.stop.set()
+    assert waiting.join().episodes == 0
+    serving = serve(horizon_steps=1_000_000)
+    driving = work(serving.endpoint)
+    until(lambda: serving.status()["decisions"] > 3, "the episode to begin")
+    driving.stop.set()
+    summary = driving.join()
+    assert summary.episodes == 0 and not driving.reports
+    assert driving.backend.calls[-2:] == ["stop", "close"]
+
+
+def test_a_backend_that_does_not_fit_is_an_error_at_once(serve: Any, work: Start, point: Backend) -> None:
+    class Faster(Watched):
+        @property
+        def spec(self) -> Any:
+            return replace(self.backend.spec, control_hz=50.0)
+
+    backend = Faster(point)
+    worker = work(serve().endpoint, backend=backend)
+    with pytest.raises(RefusedError, match=r"spec\.control_hz"):
+        worker.join()
+    assert backend.calls == ["connect", "stop", "close"]
+
+
+def test_a_policy_that_fails_stops_the_robot_and_is_given_up_after_a_bound(
+    serve: Any, work: Start, fake_policy: Any
+) -> None:
+    worker = work(serve(policy=fake_policy(value=np.nan)).endpoint)
+    with pytest.raises(RefusedError, match="not finite"):
+        worker.join()
+    assert len(worker.warnings) == MAX_FAILURES
+    # One stop for every episode that was given up.
+    assert worker.backend.calls.count("stop") > MAX_FAILURES
+
+
+def test_failures_that_are_not_in_a_row_do_not_add_up(serve: Any, work: Start, fake_policy: Any) -> None:
+    asked = 0
+
+    def error(inputs: Any) -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 5 == 0:
+            raise RuntimeError("every fifth")
+
+    serving = serve(policy=fake_policy(error=error), horizon_steps=8)
+    worker = work(serving.endpoint)
+    until(lambda: len(worker.warnings) > MAX_FAILURES + 2, "more failures than are allowed in a row")
+    worker.stop.set()
+    summary = worker.join()
+    assert summary.episodes > MAX_FAILURES
+    assert summary.dropped_episodes == len(worker.warnings)
+
+
+def test_a_runtime_that_cannot_log_is_driven_on(serve: Any, work: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime import episode_file
+
+    serving = serve(horizon_steps=6)
+    real, full = episode_file.write_all, threading.Event()
+    full.set()
+
+    def write_all(descriptor: int, *parts: bytes) -> None:
+        if full.is_set():
+            raise OSError(28, "No space left on device")
+        real(descriptor, *parts)
+
+    monkeypatch.setattr(episode_file, "write_all", write_all)
+    worker = work(serving.endpoint)
+    until(lambda: len(worker.warnings) > MAX_FAILURES + 2, "warnings")
+    assert all("No space left" in warning for warning in worker.warnings)
+    sessions = serving.status()["sessions"]
+    full.clear()
+    until(lambda: len(worker.reports) >= 3, "episodes after the disk was cleared")
+    worker.stop.set()
+    assert worker.join().dropped_episodes == len(worker.warnings)
+    assert sessions == 1
+
+
+@pytest.mark.slow
+def test_a_runtime_that_is_killed_again_and_again_loses_no_acknowledged_episode(
+    work: Start, tmp_path: Path, tiny_bundle: Callable[..., str]
+) -> None:
+    from runtime.index import EpisodeIndex
+    from runtime.reading import read_episode
+    from runtime.registry import Registry
+    from runtime.rundir import RunDir
+
+    run = RunDir(tmp_path / "killed")
+    version = tiny_bundle(run.policies, 0.3)
+    registry = Registry(run.registry)
+    registry.add(version, parent="", made={})
+    registry.set_live(version, why="test")
+    registry.close()
+    endpoint = f"ipc://{tmp_path}/policy.sock"
+    config = {
+        "name": "killed",
+        "runs": str(tmp_path),
+        "backend": {"name": "point", "options": {"size_px": 8}},
+        "bridge": {"horizon_steps": 12},
+        "runtime": {"serve": {"endpoint": endpoint}},
+    }
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump(config))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[bytes]:
+        log = (tmp_path / "serve.log").open("ab")
+        with log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "fieldtune", "serve", str(path)], stdout=log, stderr=log, env=environment
+            )
+
+    server = start()
+    worker = work(endpoint)
+    try:
+        for round_number in range(3):
+            done = len(worker.reports)
+            until(lambda done=done: len(worker.reports) >= done + 4, "the worker to drive on")
+            warned = len(worker.warnings)
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+            until(lambda warned=warned: len(worker.warnings) > warned, "the worker to notice")
+            server = start()
+            assert worker.error is None, (round_number, worker.error)
+        done = len(worker.reports)
+        until(lambda: len(worker.reports) >= done + 4, "the worker to drive on")
+        worker.stop.set()
+        summary = worker.join()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(ENOUGH_S) == 0, (tmp_path / "serve.log").read_text()
+    finally:
+        server.kill()
+        server.wait()
+    assert summary.dropped_episodes >= 3
+    index = EpisodeIndex(run.episodes)
+    acknowledged = {assignment.episode: report for report, assignment in worker.reports}
+    rows = index.list(limit=10_000)
+    assert len({row.episode for row in rows}) == len(rows)
+    by_episode = {row.episode: row for row in rows}
+    for episode, report in acknowledged.items():
+        row = by_episode[episode]
+        assert (row.status, row.steps) == (report.status, report.steps)
+        read = read_episode(index.path(row))
+        assert read.steps == sum(len(decision.sent) for decision in read.decisions)
+        assert msgspec.structs.asdict(read.start)["episode"] == episode
+    # What nobody was told of is aborted, or the kill came between the commit and the acknowledgement.
+    rest = [row for row in rows if row.episode not in acknowledged]
+    assert sum(row.status != "aborted" for row in rest) <= 3
+    index.close()
