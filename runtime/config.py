@@ -14,7 +14,7 @@ class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The socket and the inference thread."""
 
     endpoint: str = "ipc"
-    """`ipc` (a socket in a 0700 directory of this run), `ipc://PATH`, `tcp://127.0.0.1:PORT`, or, with `keys`, any tcp."""
+    """`ipc` (a socket in a 0700 directory of this run), `ipc://PATH`, `tcp://127.0.0.1:PORT`; with `keys`, any tcp."""
     keys: str | None = None
     """Directory made by `fieldtune keys`; needed for every address that is not on this computer."""
     max_batch: Count = 16
@@ -31,7 +31,7 @@ class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
     keep_gb: Positive = 10.0
     """Oldest episodes that the trainer has taken and no longer holds are deleted above this size."""
     queue_mb: Positive = 256.0
-    """Records that wait for the disk; above this the oldest open episode is given up as aborted and counted."""
+    """Records that wait for the disk; above this the episode with most of them is given up and counted as lost."""
 
 
 class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,94 @@
+"""Writing files so that a crash or a power cut leaves the old content or the new one, never something in between."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk: what was created, renamed or removed in it."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_all(descriptor: int, *parts: bytes) -> None:
+    """Write all `parts` in one call; the system may take less. Raises `OSError`, then a part may have been written."""
+    written, size = os.writev(descriptor, parts), sum(map(len, parts))
+    while written < size:
+        rest = b"".join(parts)[written:]
+        written += os.write(descriptor, rest)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the content of `path`: after this returns it is on the disk, if it raises the old content is untouched.
+
+    The directory must exist. Raises `OSError`.
+    """
+    temporary = _temporary(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of a value (builtins, Structs) as indented JSON."""
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Make a directory that is there whole or not at all.
+
+    Yields an empty temporary directory beside `path` to write into; when the block ends, everything in it is put on the
+    disk and it is renamed to `path`. If the block raises, it is removed. Raises `FileExistsError` if `path` exists: a
+    directory cannot be replaced atomically.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a directory is made once and never replaced")
+    temporary = _temporary(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for directory, _, files in os.walk(temporary):
+            for name in files:
+                sync_file(Path(directory) / name)
+            sync_directory(Path(directory))
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    # Hidden and random: two processes that write the same path do not meet, a leftover is not taken for the real thing.
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

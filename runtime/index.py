@@ -1,0 +1,180 @@
+"""The index of an episode log: one row an episode, in the order in which they were stored."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from runtime.database import Database
+from runtime.episode import End, Source
+
+_SCHEMA = (
+    # AUTOINCREMENT: a seq is never given twice, so a reader's cursor can only move forward.
+    """CREATE TABLE episodes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, episode TEXT NOT NULL UNIQUE, file TEXT NOT NULL, task TEXT NOT NULL,
+        seed INTEGER NOT NULL, source TEXT NOT NULL, explore INTEGER NOT NULL, status TEXT NOT NULL,
+        steps INTEGER NOT NULL, decisions INTEGER NOT NULL, versions TEXT NOT NULL, client TEXT NOT NULL,
+        started_unix_s REAL NOT NULL, ended_unix_s REAL NOT NULL, reason TEXT NOT NULL, bytes INTEGER NOT NULL,
+        deleted INTEGER NOT NULL DEFAULT 0)""",
+    "CREATE INDEX on_disk ON episodes (seq) WHERE deleted = 0",
+    "CREATE TABLE taken (one INTEGER PRIMARY KEY CHECK (one = 1), through_seq INTEGER NOT NULL)",
+    "CREATE TABLE held (episode TEXT PRIMARY KEY)",
+)
+
+
+class EpisodeRow(Struct, frozen=True, kw_only=True):
+    """What the index knows of an episode."""
+
+    seq: int
+    """1, 2, 3, ... in the order of storing; 0 in a row that is not in the index yet."""
+    episode: str
+    file: str
+    """Name of the file in `done/`."""
+    task: str
+    seed: int
+    source: Source
+    explore: bool
+    status: End
+    steps: int
+    decisions: int
+    versions: tuple[str, ...]
+    """The policy versions that acted, in order of first use."""
+    client: str
+    started_unix_s: float
+    ended_unix_s: float
+    reason: str
+    """Why it was aborted; empty otherwise."""
+    bytes: int
+    deleted: bool = False
+    """The file is gone: retention has deleted it, or somebody else."""
+
+
+_COLUMNS = EpisodeRow.__struct_fields__
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM episodes"  # noqa: S608 (names of our own columns)
+_INSERT = (
+    f"INSERT INTO episodes ({', '.join(_COLUMNS[1:])}) VALUES ({', '.join('?' * len(_COLUMNS[1:]))}) "  # noqa: S608
+    "ON CONFLICT (episode) DO NOTHING"
+)
+_FILTER = (
+    " WHERE (?1 IS NULL OR task = ?1) AND (?2 IS NULL OR status = ?2) AND (?3 IS NULL OR EXISTS "
+    "(SELECT 1 FROM json_each(versions) WHERE substr(value, 1, length(?3)) = ?3))"
+)
+
+
+class EpisodeIndex:
+    """`DIRECTORY/index.sqlite`. Any number of processes and threads may read and write it at once.
+
+    Methods raise `runtime.database.DatabaseError`. Reading one that is not there gives nothing and makes nothing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """`directory` is that of the log."""
+        self.directory = directory
+        self._database = Database(directory / "index.sqlite", _SCHEMA)
+
+    def after(self, seq: int, limit: int = 1000) -> builtins.list[EpisodeRow]:
+        """The first `limit` rows above `seq`, in order; all statuses, deleted ones too."""
+        return [
+            _row(values)
+            for values in self._database.rows(f"{_SELECT} WHERE seq > ? ORDER BY seq LIMIT ?", (seq, limit))
+        ]
+
+    def get(self, episode: str) -> EpisodeRow | None:
+        """The row of an episode, by its whole id."""
+        found = self._database.rows(f"{_SELECT} WHERE episode = ?", (episode,))
+        return _row(found[0]) if found else None
+
+    def list(
+        self, *, limit: int, task: str | None = None, status: End | None = None, version: str | None = None
+    ) -> builtins.list[EpisodeRow]:
+        """The last `limit` rows that fit, newest first. `version` (an id or its beginning) is one that acted in it."""
+        query = f"{_SELECT}{_FILTER} ORDER BY seq DESC LIMIT ?4"
+        return [_row(values) for values in self._database.rows(query, (task, status, version, limit))]
+
+    def count(self, *, task: str | None = None, status: End | None = None, version: str | None = None) -> int:
+        """How many rows fit; see `list`."""
+        found = self._database.rows(f"SELECT COUNT(*) FROM episodes{_FILTER}", (task, status, version))  # noqa: S608
+        return int(found[0][0]) if found else 0
+
+    def path(self, row: EpisodeRow) -> Path:
+        """The file of an episode; it may be gone if `row.deleted`, now or since the row was read."""
+        return self.directory / "done" / row.file
+
+    def hold(self, taken_through_seq: int, held: Iterable[str]) -> None:
+        """Say what may be deleted to save space: rows up to `taken_through_seq` that are not in `held` (episode ids).
+
+        Replaces what was said before. Call it only once the state that counts on it (the trainer's checkpoint with its
+        cursor and buffer) is on the disk. Until the first call nothing is ever deleted.
+        """
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO taken VALUES (1, ?)", (taken_through_seq,))
+            connection.execute("DELETE FROM held")
+            connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(episode,) for episode in held])
+
+    # --- for the log ----------------------------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[EpisodeRow]) -> None:
+        """Add rows in one transaction, in their order; the index gives the seq. An episode known already stays."""
+        values = [
+            tuple(
+                msgspec.json.encode(v).decode() if isinstance(v, tuple) else v for v in msgspec.structs.astuple(row)[1:]
+            )
+            for row in rows
+        ]
+        with self._database.transaction() as connection:
+            connection.executemany(_INSERT, values)
+
+    def known(self) -> dict[str, bool]:
+        """All episode ids, and whether their file is deleted."""
+        return {
+            episode: bool(deleted) for episode, deleted in self._database.rows("SELECT episode, deleted FROM episodes")
+        }
+
+    def bytes_on_disk(self) -> int:
+        """Size of all episodes that are not deleted."""
+        found = self._database.rows("SELECT COALESCE(SUM(bytes), 0) FROM episodes WHERE deleted = 0")
+        return int(found[0][0]) if found else 0
+
+    def retire(self, need_bytes: int) -> builtins.list[EpisodeRow]:
+        """Mark the oldest episodes that may go as deleted until they free `need_bytes`; the caller removes the files.
+
+        Gives fewer, or none, if too few are taken and not held.
+        """
+        retired: list[EpisodeRow] = []
+        with self._database.transaction() as connection:
+            candidates = connection.execute(
+                f"{_SELECT} WHERE deleted = 0 AND seq <= (SELECT through_seq FROM taken) "  # noqa: S608
+                "AND episode NOT IN (SELECT episode FROM held) ORDER BY seq"
+            )
+            for values in candidates:
+                if need_bytes <= 0:
+                    break
+                retired.append(_row(values))
+                need_bytes -= retired[-1].bytes
+            _mark_deleted(connection, [row.episode for row in retired])
+        return retired
+
+    def mark_deleted(self, episodes: Iterable[str]) -> None:
+        """Note that the files of these episodes are gone."""
+        with self._database.transaction() as connection:
+            _mark_deleted(connection, episodes)
+
+    def close(self) -> None:
+        """Close the file; idempotent, and the next call opens it again."""
+        self._database.close()
+
+
+def _mark_deleted(connection: Any, episodes: Iterable[str]) -> None:
+    connection.executemany("UPDATE episodes SET deleted = 1 WHERE episode = ?", [(episode,) for episode in episodes])
+
+
+def _row(values: tuple[Any, ...]) -> EpisodeRow:
+    named = dict(zip(_COLUMNS, values, strict=True))
+    named["versions"] = msgspec.json.decode(named["versions"])
+    # Lax, for the booleans: SQLite has integers only.
+    return msgspec.convert(named, EpisodeRow, strict=False)

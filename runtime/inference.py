@@ -1,0 +1,166 @@
+"""The inference thread: joins waiting requests into one batch, runs the live policy once, samples each chunk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.backend import Float32
+from runtime.bundle import PolicySpec
+from runtime.policy import log_prob, sample_chunk
+
+
+class Infers(Protocol):
+    """A policy as the server needs it; `runtime.policy.Policy` is one."""
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What it sees and gives."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Its content hash."""
+        ...
+
+    def tokens(self, instruction: str) -> NDArray[np.int64]:
+        """The instruction as int64 `[L]`."""
+        ...
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[Float32, Float32]:
+        """Batched inputs -> (mean, log_std), float32 `[B, h, d]` each."""
+        ...
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request that waits for its chunk. `tensors` are those of the observation, unbatched."""
+
+    identity: bytes
+    session: str
+    request: int
+    episode: str
+    decision: int
+    step: int
+    instruction: str
+    tensors: dict[str, NDArray[Any]]
+    explore: bool
+    arrived_s: float
+
+
+@dataclass(slots=True)
+class Decided:
+    """A finished decision: `actions` `[h, d]` and, if sampled, `log_prob` `[h]`; or `error` if inference failed."""
+
+    pending: Pending
+    version: str
+    actions: Float32
+    log_prob: Float32 | None
+    error: str = ""
+
+
+def decision_rng(episode: str, decision: int) -> np.random.Generator:
+    """The generator of one decision's noise: it follows from the log alone, so any decision can be drawn again."""
+    return np.random.default_rng([int(episode, 16), decision])
+
+
+class InferenceThread:
+    """Runs `live()` on what is queued, at most `max_batch` requests at a time.
+
+    The policy is asked for once a batch, so every chunk comes from exactly one version and a swap takes effect between
+    two batches. Each session has at most one request waiting, hence first come, first served is fair.
+    """
+
+    def __init__(self, live: Callable[[], Infers], max_batch: int, done: Callable[[list[Decided]], None]) -> None:
+        self._live = live
+        self._max_batch = max_batch
+        self._done = done
+        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self.batches = 0
+        self.busy_s = 0.0
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, pending: Pending) -> None:
+        """Queue a request; its `Decided` comes through `done`, on the inference thread."""
+        self._queue.put(pending)
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Finish the batch at hand and end the thread."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            batch: list[Pending] = []
+            item = self._queue.get()
+            while item is not None:
+                batch.append(item)
+                if len(batch) == self._max_batch or self._queue.empty():
+                    break
+                item = self._queue.get()
+            if batch:
+                started_s = time.monotonic()
+                self._done(decide(self._live(), batch))
+                self.busy_s += time.monotonic() - started_s
+                self.batches += 1
+            if item is None:
+                return
+
+
+def decide(policy: Infers, batch: list[Pending]) -> list[Decided]:
+    """One inference for all of `batch`, then a chunk for each; if that fails, one inference for each."""
+    try:
+        mean, log_std = policy.infer(batch_inputs(policy, batch))
+        expected = (len(batch), policy.spec.horizon, len(policy.spec.action.names))
+        if mean.shape != expected or log_std.shape != expected:
+            raise ValueError(f"the policy gave {mean.shape} and {log_std.shape}, expected {expected}")
+    except Exception as error:  # noqa: BLE001 - whatever a foreign graph raises is reported to the client
+        if len(batch) > 1:
+            # One client's request must not cost the others their chunk.
+            return [decided for pending in batch for decided in decide(policy, [pending])]
+        return [_failed(batch[0], policy, f"inference failed: {error}")]
+    return [_chunk(pending, policy, mean[i], log_std[i]) for i, pending in enumerate(batch)]
+
+
+def _chunk(pending: Pending, policy: Infers, mean: Float32, log_std: Float32) -> Decided:
+    """The chunk `[h, d]` of one request: a sample with its log-prob, or the mean."""
+    if not np.isfinite(mean).all():
+        return _failed(pending, policy, "the policy gave an action that is not finite")
+    if not pending.explore:
+        return Decided(pending, policy.version, mean, None)
+    actions = sample_chunk(mean, log_std, decision_rng(pending.episode, pending.decision))
+    logged = log_prob(actions, mean, log_std)
+    if not (np.isfinite(actions).all() and np.isfinite(logged).all()):
+        return _failed(pending, policy, "the policy gave a standard deviation that cannot be sampled from")
+    return Decided(pending, policy.version, actions, logged)
+
+
+def _failed(pending: Pending, policy: Infers, error: str) -> Decided:
+    return Decided(pending, policy.version, np.zeros((0, 0), np.float32), None, error)
+
+
+def batch_inputs(policy: Infers, batch: list[Pending]) -> dict[str, NDArray[Any]]:
+    """The graph's inputs `[B, ...]`, only those that the policy's spec names."""
+    spec = policy.spec
+    names = [f"image/{camera.name}" for camera in spec.cameras]
+    if spec.state.names:
+        names.append("state")
+    inputs = {name: _stack([pending.tensors[name] for pending in batch]) for name in names}
+    if spec.tokens:
+        inputs["tokens"] = _stack([policy.tokens(pending.instruction) for pending in batch])
+    return inputs
+
+
+def _stack(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

@@ -1,0 +1,122 @@
+"""An episode's file as arrays, every record checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.backend import BackendSpec, Observation
+from bridge.messages import WireError, check_observation
+from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord
+from runtime.episode_file import EpisodeError
+from runtime.records import RecordError, scan_records, tensor_arrays
+
+__all__ = ["EpisodeError", "read_episode"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def read_episode(path: Path) -> Episode:
+    """Read an episode that has ended. All arrays are read-only; images are views of the record they came in.
+
+    A decision that was never reported as executed has `sent` `[0, d]` and `reward` `[0]`. Raises `EpisodeError` for a
+    file that is missing, damaged, not ended, or whose records do not fit together or the backend's spec in it.
+    """
+    try:
+        return _read(path)
+    except RecordError as error:
+        raise EpisodeError(path, str(error)) from error
+    except WireError as error:
+        raise EpisodeError(path, f"a record holds a wrong tensor: {error}") from error
+    except OSError as error:
+        raise EpisodeError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> Episode:
+    start: EpisodeStart | None = None
+    end: EndRecord | None = None
+    final: Observation | None = None
+    decisions: list[Decision] = []
+    last, executed = 0, True  # number of the last decision, and whether a report or a newer decision may follow
+    with path.open("rb") as file:
+        for record, offset in scan_records(file):
+            if start is None:
+                if not isinstance(record, EpisodeStart) or record.format != FORMAT:
+                    raise EpisodeError(path, f"does not begin with a start of format {FORMAT}")
+                start = record
+                continue
+            if end is not None:
+                raise EpisodeError(path, f"goes on after its last record, up to byte {offset}")
+            match record:
+                case EpisodeStart():
+                    raise EpisodeError(path, f"starts twice, the second time before byte {offset}")
+                case DecisionRecord():
+                    if record.decision <= last:
+                        raise EpisodeError(path, f"decision {record.decision} comes after decision {last}")
+                    last, executed = record.decision, False
+                    decisions.append(_decision(record, start.spec))
+                case ExecutedRecord():
+                    if record.decision != last or executed:
+                        raise EpisodeError(path, f"a report on decision {record.decision} after decision {last}")
+                    executed = True
+                    _execute(decisions[-1], tensor_arrays(record.tensors))
+                case EndRecord():
+                    end = record
+                    final = _observation(tensor_arrays(record.tensors), start.spec) if record.tensors else None
+    if start is None or end is None:
+        raise EpisodeError(path, "the last record is missing; an episode can be read when it has ended")
+    return Episode(start, decisions, end.status, end.steps, end.reason, final)
+
+
+def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:
+    arrays = tensor_arrays(record.tensors)
+    if "actions" not in arrays:
+        raise WireError("tensors.actions", f"missing from decision {record.decision}")
+    actions, log_prob, d = arrays.pop("actions"), arrays.pop("log_prob", None), len(spec.action.names)
+    _check("actions", actions, (len(actions) if actions.ndim else 0, d))
+    if log_prob is not None:
+        _check("log_prob", log_prob, (len(actions),))
+    return Decision(
+        step=record.step,
+        version=record.version,
+        observation=_observation(arrays, spec),
+        actions=actions,
+        log_prob=log_prob,
+        sent=_nothing(0, d),
+        reward=_nothing(0),
+    )
+
+
+def _execute(decision: Decision, arrays: Arrays) -> None:
+    if sorted(arrays) != ["reward", "sent"]:
+        raise WireError("tensors", f"a report has {', '.join(arrays)}; expected sent, reward")
+    sent, reward = arrays["sent"], arrays["reward"]
+    k = len(sent) if sent.ndim else 0
+    h, d = decision.actions.shape
+    if k > h:
+        raise WireError("tensors.sent", f"{k} actions were sent of a chunk of {h}")
+    _check("sent", sent, (k, d))
+    _check("reward", reward, (k,))
+    decision.sent, decision.reward = sent, reward
+
+
+def _observation(arrays: Arrays, spec: BackendSpec) -> Observation:
+    check_observation(arrays, spec)
+    images = {camera.name: arrays[f"image/{camera.name}"] for camera in spec.cameras}
+    return Observation(images, arrays["state"], arrays.get("privileged"))
+
+
+def _check(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape:
+        raise WireError(f"tensors.{name}", f"is {array.dtype}{list(array.shape)}, expected float32{list(shape)}")
+    if not np.isfinite(array).all():
+        raise WireError(f"tensors.{name}", "holds a value that is not finite")
+
+
+def _nothing(*shape: int) -> NDArray[np.float32]:
+    empty = np.zeros(shape, np.float32)
+    empty.flags.writeable = False
+    return empty

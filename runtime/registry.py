@@ -1,0 +1,179 @@
+"""The versions of a run: where each comes from, and which one is live now and was before."""
+
+from __future__ import annotations
+
+import builtins
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from runtime.database import Database, DatabaseError
+
+SHORTEST_PREFIX = 4
+
+_SCHEMA = (
+    """CREATE TABLE versions (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL UNIQUE, parent TEXT NOT NULL,
+        made TEXT NOT NULL, created_unix_s REAL NOT NULL)""",
+    """CREATE TABLE history (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL REFERENCES versions (version),
+        previous TEXT NOT NULL, why TEXT NOT NULL, unix_s REAL NOT NULL)""",
+)
+_LIVE = "SELECT version, previous FROM history ORDER BY number DESC LIMIT 1"
+_SELECT = f"""SELECT version, parent, made, created_unix_s, number,
+    version IS (SELECT version FROM ({_LIVE})) FROM versions"""  # noqa: S608 (no input in it)
+
+
+class RegistryError(DatabaseError):
+    """The registry does not know such a version, or cannot be read or written."""
+
+
+class VersionRow(Struct, frozen=True, kw_only=True):
+    """One version."""
+
+    version: str
+    parent: str
+    """The version it was trained from; empty for a root."""
+    made: dict[str, Any]
+    """How it was made."""
+    created_unix_s: float
+    """When it was added."""
+    live: bool
+    number: int
+    """1, 2, 3, ... in the order of adding."""
+
+
+class LiveChange(Struct, frozen=True, kw_only=True):
+    """One change of the live version."""
+
+    version: str
+    previous: str
+    """What a rollback from here brings back; empty if nothing. See `Registry.previous`."""
+    why: str
+    unix_s: float
+
+
+class Registry:
+    """`runs/NAME/registry.sqlite`. Any number of processes and threads may use it at once.
+
+    Methods raise `RegistryError`. Reading one that is not there gives nothing and makes nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the SQLite file."""
+        self.path = path
+        self._database = Database(path, _SCHEMA, RegistryError)
+
+    def add(self, version: str, *, parent: str, made: dict[str, Any]) -> None:
+        """Remember a version; adding it again changes nothing."""
+        values = (version, parent, msgspec.json.encode(made).decode(), time.time())
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO versions (version, parent, made, created_unix_s) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (version) DO NOTHING",
+                values,
+            )
+
+    def set_live(self, version: str, *, why: str) -> None:
+        """Make a version live and note when and why; nothing happens if it is live already."""
+        with self._database.transaction() as connection:
+            if not connection.execute("SELECT 1 FROM versions WHERE version = ?", (version,)).fetchone():
+                raise RegistryError(f"{self.path}: unknown version {version!r}; add it before it goes live")
+            trail = _trail(connection)
+            if trail and trail[-1] == version:
+                return
+            if version in trail:
+                trail = trail[: trail.index(version)]
+            connection.execute(
+                "INSERT INTO history (version, previous, why, unix_s) VALUES (?, ?, ?, ?)",
+                (version, trail[-1] if trail else "", why, time.time()),
+            )
+
+    def live(self) -> str | None:
+        """The live version; None if there was never one."""
+        found = self._database.rows(_LIVE)
+        return str(found[0][0]) if found else None
+
+    def previous(self) -> str | None:
+        """The version that a rollback brings back; None if there is none.
+
+        Versions that went live form a trail, and one that goes live again cuts the trail back to itself. So after A, B,
+        C the previous of C is B; rolled back to B it is A (not C, which somebody has just left); if D then goes live it
+        is B. Rolling back again and again ends at the first version and never goes round in circles.
+        """
+        found = self._database.rows(_LIVE)
+        return str(found[0][1]) or None if found else None
+
+    def get(self, version_or_prefix: str) -> VersionRow:
+        """The version with this id, or the only one whose id begins so (four characters or more)."""
+        if exact := self._rows("WHERE version = ?", version_or_prefix):
+            return exact[0]
+        if len(version_or_prefix) < SHORTEST_PREFIX:
+            raise RegistryError(f"{version_or_prefix!r} is too short; give at least {SHORTEST_PREFIX} characters")
+        found = self._rows("WHERE substr(version, 1, length(?1)) = ?1", version_or_prefix)
+        if not found:
+            raise RegistryError(
+                f"{self.path}: no version begins with {version_or_prefix!r}; `fieldtune policies list` shows all"
+            )
+        if len(found) > 1:
+            names = ", ".join(row.version[: len(version_or_prefix) + 8] for row in found[:5])
+            raise RegistryError(
+                f"{version_or_prefix!r} is the beginning of {len(found)} versions ({names}); give more of it"
+            )
+        return found[0]
+
+    def list(self) -> builtins.list[VersionRow]:
+        """All versions in the order of adding."""
+        return self._rows("ORDER BY number")
+
+    def history(self) -> builtins.list[LiveChange]:
+        """All changes of the live version, oldest first."""
+        rows = self._database.rows("SELECT version, previous, why, unix_s FROM history ORDER BY number")
+        return [LiveChange(version=v, previous=previous, why=why, unix_s=unix_s) for v, previous, why, unix_s in rows]
+
+    def lineage(self, version: str) -> builtins.list[VersionRow]:
+        """The version itself (an id or a prefix), its parent, and so on up to the root or the last one known here."""
+        by_version = {row.version: row for row in self.list()}
+        row: VersionRow | None = self.get(version)
+        line: dict[str, VersionRow] = {}
+        # An id is the hash of its content with the parent in it, so a circle can only come from a registry gone wrong.
+        while row is not None and row.version not in line:
+            line[row.version] = row
+            row = by_version.get(row.parent)
+        return [*line.values()]
+
+    def close(self) -> None:
+        """Close the file; idempotent, and the next call opens it again."""
+        self._database.close()
+
+    def _rows(self, where: str, *parameters: str) -> builtins.list[VersionRow]:
+        return [
+            VersionRow(
+                version=version,
+                parent=parent,
+                made=msgspec.json.decode(made),
+                created_unix_s=created_unix_s,
+                number=number,
+                live=bool(live),
+            )
+            for version, parent, made, created_unix_s, number, live in self._database.rows(
+                f"{_SELECT} {where}", parameters
+            )
+        ]
+
+
+def _trail(connection: sqlite3.Connection) -> list[str]:
+    """The versions that rolling back from here would bring, the first one first, the live one last."""
+    trail: list[str] = []
+    # The last row of a version says what was before it then; following that from the live version gives the trail.
+    before = dict(connection.execute("SELECT version, previous FROM history ORDER BY number").fetchall())
+    newest = connection.execute(_LIVE).fetchone()
+    version = newest[0] if newest else ""
+    while version:
+        trail.append(version)
+        version = before[version]
+    return trail[::-1]

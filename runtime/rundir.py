@@ -1,0 +1,57 @@
+"""Where the files of one run lie. Nothing else in fieldtune builds these paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """`runs/NAME`. Directories are made by whoever writes into them."""
+
+    path: Path
+
+    @property
+    def demos(self) -> Path:
+        """Episode log of the demonstrations."""
+        return self.path / "demos"
+
+    @property
+    def sft(self) -> Path:
+        """Checkpoint and curves of supervised fine-tuning."""
+        return self.path / "sft"
+
+    @property
+    def policies(self) -> Path:
+        """One bundle directory for each version, named by its id."""
+        return self.path / "policies"
+
+    @property
+    def registry(self) -> Path:
+        """SQLite file: versions, lineage, which one is live."""
+        return self.path / "registry.sqlite"
+
+    @property
+    def episodes(self) -> Path:
+        """Episode log of the deployment."""
+        return self.path / "episodes"
+
+    @property
+    def trainer(self) -> Path:
+        """Trainer checkpoint and metrics."""
+        return self.path / "trainer"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line for each trainer iteration."""
+        return self.trainer / "metrics.jsonl"
+
+    def evaluation(self, version: str) -> Path:
+        """Episode log and result of the evaluation of one version."""
+        return self.path / "eval" / version
+
+    @property
+    def logs(self) -> Path:
+        """What each process printed."""
+        return self.path / "logs"

@@ -1,0 +1,123 @@
+"""What the server remembers of each client: its session, its open episode, its last decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.backend import BackendSpec
+from bridge.messages import Code, EndEpisode, Executed, Infer, WireError
+
+
+class RefusalError(Exception):
+    """A request that does not fit the state of its session."""
+
+    def __init__(self, code: Code, where: str, message: str) -> None:
+        super().__init__(f"{code}: {where}: {message}")
+        self.code: Code = code
+        self.where = where
+        self.message = message
+
+
+@dataclass(slots=True)
+class OpenEpisode:
+    """An episode in progress. `decision` counts those asked for; `reported` those whose execution is known."""
+
+    episode: str
+    task: str
+    seed: int
+    instruction: str
+    horizon_steps: int
+    decision: int = 0
+    reported: int = 0
+    steps: int = 0
+    waiting: bool = False
+    """A chunk was asked for and not sent yet."""
+    started: bool = False
+    """The first record is in the log."""
+    storing: bool = False
+    """The end is with the log and not acknowledged yet."""
+
+    def check_infer(self, message: Infer) -> None:
+        """The client may ask for the next chunk only when the last one is accounted for."""
+        if message.episode != self.episode or self.storing:
+            raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
+        if self.waiting:
+            raise RefusalError("episode", "episode", f"decision {self.decision} is still being computed")
+        if self.reported != self.decision:
+            raise RefusalError("episode", "decision", f"decision {self.decision} was not reported as executed")
+        if message.step != self.steps:
+            raise RefusalError("episode", "step", f"is {message.step}, but {self.steps} steps were reported")
+
+    def check_executed(self, message: Executed, arrays: dict[str, NDArray[Any]], horizon: int, d: int) -> int:
+        """k, the number of actions executed of the last decision."""
+        if message.episode != self.episode or self.storing:
+            raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
+        if self.waiting or message.decision != self.decision or self.reported == self.decision:
+            raise RefusalError("episode", "decision", f"{message.decision} does not wait for its report")
+        sent, reward = arrays.get("sent"), arrays.get("reward")
+        if sent is None or reward is None or len(arrays) != 2:
+            raise WireError("tensors", "expected `sent` and `reward`")
+        k = len(sent) if sent.ndim else 0
+        if sent.dtype != np.float32 or sent.shape != (k, d) or not 1 <= k <= horizon:
+            raise WireError("tensors.sent", f"is {sent.dtype}{list(sent.shape)}, expected float32 [1..{horizon}, {d}]")
+        if reward.dtype != np.float32 or reward.shape != (k,):
+            raise WireError("tensors.reward", f"is {reward.dtype}{list(reward.shape)}, expected float32 [{k}]")
+        if not (np.isfinite(sent).all() and np.isfinite(reward).all()):
+            raise WireError("tensors", "`sent` or `reward` holds a value that is not finite")
+        if self.steps + k > self.horizon_steps:
+            raise RefusalError("episode", "tensors.sent", f"the episode may have {self.horizon_steps} steps")
+        return k
+
+    def check_end(self, message: EndEpisode) -> None:
+        """An episode ends once, with every decision reported and every step counted."""
+        if message.episode != self.episode or self.storing:
+            raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
+        if self.waiting or self.reported != self.decision or not self.decision:
+            raise RefusalError("episode", "decision", "the last decision was not reported as executed")
+        if message.steps != self.steps:
+            raise RefusalError("episode", "steps", f"is {message.steps}, but {self.steps} steps were reported")
+
+
+@dataclass(slots=True)
+class Session:
+    """One client since its hello."""
+
+    session: str
+    identity: bytes
+    client: str
+    spec: BackendSpec | None
+    last_request: int
+    last_seen_s: float
+    open: OpenEpisode | None = None
+    decisions: int = 0
+    episodes: int = 0
+
+
+@dataclass(slots=True)
+class Sessions:
+    """All sessions, by id and by ZeroMQ identity."""
+
+    by_id: dict[str, Session] = field(default_factory=dict)
+    by_identity: dict[bytes, Session] = field(default_factory=dict)
+
+    def add(self, session: Session) -> None:
+        """Remember a session; an older one of the same identity must have been removed."""
+        self.by_id[session.session] = session
+        self.by_identity[session.identity] = session
+
+    def remove(self, session: Session) -> None:
+        """Forget a session."""
+        self.by_id.pop(session.session, None)
+        if self.by_identity.get(session.identity) is session:
+            del self.by_identity[session.identity]
+
+    def find(self, session: str, identity: bytes) -> Session:
+        """The session, if this client owns it."""
+        found = self.by_id.get(session)
+        if found is None or found.identity != identity:
+            raise RefusalError("session", "session", "unknown or of another client; say hello first")
+        return found

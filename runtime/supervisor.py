@@ -1,0 +1,156 @@
+"""Child processes: started with their own log, restarted with a growing pause, stopped in order, never left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from bridge.errors import FieldtuneError
+
+WATCH_STDIN = "FIELDTUNE_WATCH_STDIN"
+BAD_USAGE = 2  # exit code of a wrong command line or configuration: starting again would fail again
+MAX_FAILURES = 5
+FAILURE_WINDOW_S = 60.0
+
+
+class ChildFailedError(FieldtuneError):
+    """A child process failed too often or beyond repair; the message has the end of its log."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One child process. Its output goes to `log`, or to this process's own if `log` is None.
+
+    The child lives no longer than its parent: its stdin is a pipe from here, and it stops when that closes, so even a
+    parent killed by SIGKILL leaves nothing behind. Ctrl-C reaches only the parent, which stops its children in order.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path | None
+    process: subprocess.Popen[bytes] | None = None
+    restarts: int = 0
+    _failures: deque[float] = field(default_factory=deque)
+    _start_again_s: float = 0.0
+
+    def start(self) -> None:
+        """Start the process."""
+        output: IO[bytes] | None = None
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            output = self.log.open("ab")
+        try:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env={**os.environ, WATCH_STDIN: "1"},
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+
+    def keep_alive(self, warn: Callable[[str], None]) -> int | None:
+        """Call often: the exit code once the process has ended well (0), else None; restarts it after a failure.
+
+        Raises `ChildFailedError` on exit code 2 and after `MAX_FAILURES` failures within `FAILURE_WINDOW_S`.
+        """
+        now_s = time.monotonic()
+        if self.process is None:
+            if now_s >= self._start_again_s:
+                self.restarts += 1
+                self.start()
+            return None
+        code = self.process.poll()
+        if code is None or code == 0:
+            return code
+        self._failures.append(now_s)
+        while now_s - self._failures[0] > FAILURE_WINDOW_S:
+            self._failures.popleft()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        if code == BAD_USAGE or len(self._failures) >= MAX_FAILURES:
+            raise ChildFailedError(f"{self.name} {how}{self.tail()}")
+        pause_s = min(0.25 * 2 ** len(self._failures), 8.0)
+        warn(f"{self.name} {how}; starting it again in {pause_s:g} s ({len(self._failures)}/{MAX_FAILURES})")
+        self._start_again_s = now_s + pause_s
+        self._release()
+        return None
+
+    def wait(self, stopped: Callable[[], bool]) -> int:
+        """Run to the end; if `stopped` comes first, stop the process. Returns the exit code."""
+        assert self.process is not None
+        while self.process.poll() is None:
+            if stopped():
+                return self.stop()
+            time.sleep(0.05)
+        return self.process.returncode
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM; idempotent."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def stop(self, timeout_s: float = 15.0) -> int:
+        """SIGTERM, then SIGKILL after the deadline; returns the exit code (0 if it never ran)."""
+        if self.process is None:
+            return 0
+        self.ask_to_stop()
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self._release()
+        return code
+
+    def tail(self, lines: int = 12) -> str:
+        """The end of the log, for an error message."""
+        if self.log is None or not self.log.exists():
+            return ""
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return f"; the end of {self.log}:\n  " + "\n  ".join(text) if text else f"; {self.log} is empty"
+
+    def _release(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process = None
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set, and in a child also the death of its parent. Call from the main thread.
+
+    A second signal ends the process at once.
+    """
+    stop = threading.Event()
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    if os.environ.pop(WATCH_STDIN, None):
+        threading.Thread(target=_watch_stdin, args=(stop,), name="watch-parent", daemon=True).start()
+    return stop
+
+
+def _watch_stdin(stop: threading.Event, grace_s: float = 10.0) -> None:
+    """The parent holds the other end of stdin; when it is gone, stop, and after a grace period leave regardless."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    stop.set()
+    time.sleep(grace_s)
+    os._exit(1)

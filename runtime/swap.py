@@ -1,0 +1,100 @@
+"""The live policy and how it changes: load beside it, check, flip one reference, keep the one before for rollback."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from runtime.bundle import BundleError, PolicySpec, install_bundle
+from runtime.policy import Policy
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+
+SAME = ("cameras", "state", "action", "control_hz", "horizon", "tokens")
+
+
+class Live:
+    """The policy that serves now. Calling it gives that policy; `announce` and `rollback` may run on any one thread
+    beside it: a new policy is built, replayed against its probe and warmed up before the one reference is flipped.
+    """
+
+    def __init__(self, run: RunDir, *, threads: int, keep_versions: int, version: str | None = None) -> None:
+        """Load the registry's live version, or `version` (an id or a prefix) without making it live in the registry.
+
+        Raises `BundleError`, or `RegistryError` for an unknown version.
+        """
+        self._run, self._threads, self._keep = run, threads, keep_versions
+        self._registry = Registry(run.registry)
+        self._pinned = version is not None
+        chosen = self._registry.get(version).version if version is not None else self._registry.live()
+        if chosen is None:
+            raise BundleError(
+                "registry", f"{run.registry} has no live version; run `fieldtune sft` or `fieldtune up` first"
+            )
+        self._policy = Policy.load(run.policies / chosen, threads=threads)
+        self._previous: Policy | None = None
+        self._previous_version = self._registry.previous() or ""
+
+    def __call__(self) -> Policy:
+        """The policy that serves now."""
+        return self._policy
+
+    @property
+    def previous(self) -> str:
+        """The version that a rollback would bring back; empty if there is none."""
+        return self._previous_version
+
+    def announce(self, path: Path) -> str:
+        """Check the bundle in `path`, copy it into the run if it lies elsewhere, and make it live. Idempotent."""
+        if self._pinned:
+            raise BundleError("version", "this runtime serves one fixed version and takes no other")
+        policy = Policy.load(path, threads=self._threads)
+        require_same_interface(policy.spec, self._policy.spec)
+        installed = install_bundle(path, self._run.policies)
+        if installed.name != policy.version:
+            raise BundleError("version", f"{path} changed while it was read; write it elsewhere and announce it whole")
+        self._registry.add(policy.version, parent=policy.spec.parent, made=policy.spec.made)
+        self._flip(policy, "announced")
+        self._prune()
+        return policy.version
+
+    def rollback(self, version: str = "") -> str:
+        """Make an earlier version live again: `version` (an id or prefix), or the one before the live one."""
+        if self._pinned:
+            raise BundleError("version", "this runtime serves one fixed version and takes no other")
+        wanted = self._registry.get(version).version if version else self._registry.previous()
+        if not wanted:
+            raise BundleError("version", "there is no version before the live one")
+        if self._previous is not None and self._previous.version == wanted:
+            policy = self._previous
+        else:
+            policy = Policy.load(self._run.policies / wanted, threads=self._threads)
+            require_same_interface(policy.spec, self._policy.spec)
+        self._flip(policy, "rollback")
+        return policy.version
+
+    def _flip(self, policy: Policy, why: str) -> None:
+        if policy.version == self._policy.version:
+            return
+        # The registry first: after a crash in between, the version that was promised is the one that comes up.
+        self._registry.set_live(policy.version, why=why)
+        self._previous_version = self._registry.previous() or ""
+        self._previous, self._policy = self._policy, policy
+
+    def _prune(self) -> None:
+        """Delete old bundles; the roots of a lineage, the live version and the one before it always stay."""
+        keep = {self._policy.version, self.previous}
+        rows = [row for row in self._registry.list() if row.parent and row.version not in keep]
+        for row in sorted(rows, key=lambda row: row.number)[: -self._keep]:
+            directory = self._run.policies / row.version
+            if directory.is_dir():
+                shutil.rmtree(directory)
+
+
+def require_same_interface(new: PolicySpec, live: PolicySpec) -> None:
+    """Robots are connected for the live policy's spec; a version that sees or gives anything else is refused."""
+    for name in SAME:
+        if getattr(new, name) != getattr(live, name):
+            raise BundleError(
+                "policy.yaml", f"{name} is {getattr(new, name)!r}, the live policy has {getattr(live, name)!r}"
+            )

@@ -1,0 +1,131 @@
+"""The index: order, filters, what may be deleted, and several processes at once."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from runtime.database import DatabaseError
+from runtime.index import EpisodeIndex, EpisodeRow
+
+
+def make_row(episode: str, **changes: Any) -> EpisodeRow:
+    fields: dict[str, Any] = {
+        "seq": 0, "episode": episode, "file": f"{episode}.ep", "task": "t", "seed": 1, "source": "policy",
+        "explore": True, "status": "success", "steps": 8, "decisions": 2, "versions": ("aaaa1", "bbbb2"),
+        "client": "c", "started_unix_s": 1.5, "ended_unix_s": 2.5, "reason": "", "bytes": 100,
+    }  # fmt: skip
+    return EpisodeRow(**{**fields, **changes})
+
+
+def test_rows_come_back_whole_and_in_order(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    rows = [make_row("b"), make_row("a", status="aborted", reason="why", explore=False, versions=(), seed=2**63 - 1)]
+    index.add(rows)
+    index.add([make_row("c")])
+    found = index.after(0)
+    assert [(row.seq, row.episode) for row in found] == [(1, "b"), (2, "a"), (3, "c")]
+    for row, stored in zip(rows, found, strict=False):
+        assert stored == msgspec.structs.replace(row, seq=stored.seq)
+    assert [row.seq for row in index.after(1, limit=1)] == [2] and index.after(3) == []
+    assert index.get("a") == found[1] and index.get("x") is None
+    assert index.path(found[0]) == tmp_path / "done" / "b.ep"
+
+
+def test_an_episode_is_indexed_once(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a")])
+    index.add([make_row("a", status="failure"), make_row("b")])
+    assert [(row.episode, row.status) for row in index.after(0)] == [("a", "success"), ("b", "success")]
+
+
+def test_filters(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a"), make_row("b", task="u", status="failure"), make_row("c", versions=("cccc3",))])
+    assert [row.episode for row in index.list(limit=2)] == ["c", "b"]
+    assert [row.episode for row in index.list(limit=9, task="t")] == ["c", "a"]
+    assert [row.episode for row in index.list(limit=9, status="failure")] == ["b"]
+    assert [row.episode for row in index.list(limit=9, version="bbbb2")] == ["b", "a"]
+    assert [row.episode for row in index.list(limit=9, version="cc", task="t")] == ["c"]
+    assert index.list(limit=9, version="%") == []
+    assert index.count() == 3 and index.count(status="success", version="aaaa") == 1
+
+
+def test_reading_makes_nothing(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path / "run" / "episodes")
+    assert index.after(0) == [] and index.list(limit=5) == [] and index.get("a") is None and index.count() == 0
+    assert index.known() == {} and index.bytes_on_disk() == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_taken_and_not_held_is_retired_oldest_first(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row(name) for name in "abcdef"])
+    assert index.retire(10**9) == []
+    index.hold(4, ["b", "unknown"])
+    assert [row.episode for row in index.retire(150)] == ["a", "c"]
+    assert index.bytes_on_disk() == 400
+    assert [row.episode for row in index.retire(10**9)] == ["d"]
+    assert index.retire(10**9) == []
+    index.hold(5, [])
+    assert [row.episode for row in index.retire(1)] == ["b"]
+    assert [(row.episode, row.deleted) for row in index.after(0)] == [
+        ("a", True), ("b", True), ("c", True), ("d", True), ("e", False), ("f", False),
+    ]  # fmt: skip
+    assert index.known()["a"] and not index.known()["f"]
+
+
+def test_processes_write_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[3]]
+from runtime.index import EpisodeIndex
+from test_index import make_row
+index = EpisodeIndex(Path(sys.argv[1]))
+for i in range(10):
+    index.add([make_row(f"{sys.argv[2]}-{i}"), make_row(f"shared-{i}")])
+    index.hold(i, ["x", "y"])
+"""
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    writers = [subprocess.Popen([*command, str(i), here]) for i in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    rows = EpisodeIndex(tmp_path).after(0)
+    assert [row.seq for row in rows] == sorted({row.seq for row in rows})
+    assert len({row.episode for row in rows}) == len(rows) == 40
+
+
+def test_threads_share_one_index(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(lambda i=i: (index.add([make_row(str(i))]), index.count())) for i in range(40)]:
+            future.result(30)
+    assert index.count() == 40
+
+
+def test_a_failed_transaction_leaves_nothing_and_the_index_usable(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    with pytest.raises(DatabaseError, match=r"index\.sqlite"):
+        index.add([make_row("a"), make_row("b", task=None)])
+    assert index.after(0) == []
+    index.add([make_row("a")])
+    assert index.count() == 1
+
+
+def test_a_damaged_or_newer_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "index.sqlite").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(DatabaseError, match="move it away"):
+        EpisodeIndex(tmp_path).after(0)
+    (tmp_path / "index.sqlite").unlink()
+    index = EpisodeIndex(tmp_path)
+    index.add([])
+    with index._database.transaction() as connection:
+        connection.execute("PRAGMA user_version=99")
+    index.close()
+    with pytest.raises(DatabaseError, match="newer fieldtune"):
+        index.count()

@@ -1,0 +1,286 @@
+"""Child processes, with real ones: restarted with a growing pause, stopped in order, never left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from runtime import supervisor
+from runtime.supervisor import MAX_FAILURES, WATCH_STDIN, Child, ChildFailedError
+
+ENOUGH_S = 20.0
+SLEEP = "import time; print('up', flush=True); time.sleep(60)"
+OBEDIENT = """
+import sys
+from runtime.supervisor import stop_on_signals
+stop = stop_on_signals()
+print("up", flush=True)
+stop.wait(60)
+print("stopped in order", flush=True)
+"""
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+Make = Callable[..., Child]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Child] = []
+
+    def child(code: str, name: str = "child", log: bool = True) -> Child:
+        made.append(Child(name, [sys.executable, "-c", code], tmp_path / "logs" / f"{name}.log" if log else None))
+        return made[-1]
+
+    yield child
+    for each in made:
+        if each.process is not None:
+            each.process.kill()
+            each.process.wait()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + ENOUGH_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {ENOUGH_S} s for {what}"
+        time.sleep(0.01)
+
+
+def text(child: Child) -> str:
+    assert child.log is not None
+    return child.log.read_text() if child.log.exists() else ""
+
+
+def up(child: Child) -> None:
+    until(lambda: "up" in text(child), f"{child.name} to come up")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def never(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_a_child_that_ends_well_is_not_started_again(make: Make) -> None:
+    child = make("print('done')")
+    child.start()
+    until(lambda: child.keep_alive(never) == 0, "the child to end")
+    assert child.keep_alive(never) == 0
+    assert child.restarts == 0
+    assert text(child) == "done\n"
+
+
+def test_a_killed_child_is_started_again(make: Make) -> None:
+    child = make(SLEEP)
+    child.start()
+    up(child)
+    assert child.process is not None
+    first = child.process.pid
+    os.kill(first, signal.SIGKILL)
+    warnings: list[str] = []
+    until(lambda: child.keep_alive(warnings.append) is None and bool(warnings), "the failure to be seen")
+    assert "was killed by SIGKILL" in warnings[0] and f"(1/{MAX_FAILURES})" in warnings[0]
+    until(lambda: child.keep_alive(never) is None and child.process is not None, "the restart")
+    assert child.process.pid != first
+    assert child.restarts == 1
+    until(lambda: text(child) == "up\nup\n", "the log to go on")
+
+
+def test_pauses_grow_and_failures_are_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Waiting for real seconds would be most of this suite's time: only the supervisor's clock is moved on.
+    clock = Clock()
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    child = make("import sys; print('no camera on /dev/video0'); sys.exit(3)")
+    child.start()
+    pauses: list[float] = []
+    warnings: list[str] = []
+    with pytest.raises(ChildFailedError) as caught:
+        for _ in range(MAX_FAILURES + 1):
+            assert child.process is not None
+            child.process.wait(ENOUGH_S)
+            died_s = clock.now_s
+            child.keep_alive(warnings.append)
+            while child.process is None:
+                clock.now_s += 0.05
+                child.keep_alive(warnings.append)
+            pauses.append(clock.now_s - died_s)
+    assert len(pauses) == len(warnings) == MAX_FAILURES - 1
+    assert all(later >= 1.5 * earlier for earlier, later in pairwise(pauses))
+    message = str(caught.value)
+    assert "child failed with exit code 3" in message
+    assert "no camera on /dev/video0" in message and str(child.log) in message
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_failures_long_ago_are_forgiven(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    child = make("raise SystemExit(3)")
+    child.start()
+    for _ in range(MAX_FAILURES + 2):
+        assert child.process is not None
+        child.process.wait(ENOUGH_S)
+        child.keep_alive(lambda _: None)
+        clock.now_s += supervisor.FAILURE_WINDOW_S + 1
+        child.keep_alive(never)
+    assert child.restarts == MAX_FAILURES + 2
+
+
+def test_wrong_usage_is_not_tried_again(make: Make) -> None:
+    child = make("import sys; print('fieldtune: $.name: wrong'); sys.exit(2)")
+    child.start()
+    assert child.process is not None
+    child.process.wait(ENOUGH_S)
+    with pytest.raises(ChildFailedError, match=r"exit code 2(.|\n)*\$\.name: wrong"):
+        child.keep_alive(never)
+    assert child.restarts == 0
+
+
+def test_the_log_in_the_message_is_only_its_end(make: Make) -> None:
+    child = make("print('\\n'.join(map(str, range(1000))))")
+    child.start()
+    assert child.process is not None
+    child.process.wait(ENOUGH_S)
+    tail = child.tail(lines=3)
+    assert "999" in tail and "997" in tail and "996" not in tail
+    silent = make("", "silent")
+    assert silent.tail() == ""
+    silent.start()
+    assert silent.process is not None
+    silent.process.wait(ENOUGH_S)
+    assert silent.tail().endswith("silent.log is empty")
+
+
+def test_stop_asks_first_and_the_child_may_finish(make: Make) -> None:
+    child = make(OBEDIENT)
+    child.start()
+    up(child)
+    assert child.stop(ENOUGH_S) == 0
+    assert "stopped in order" in text(child)
+    assert child.stop() == 0
+
+
+def test_a_child_that_does_not_stop_is_killed_after_the_deadline(make: Make) -> None:
+    child = make(STUBBORN)
+    child.start()
+    up(child)
+    assert child.process is not None
+    pid = child.process.pid
+    assert child.stop(timeout_s=0.3) == -signal.SIGKILL
+    assert not alive(pid)
+
+
+def test_stopping_what_never_ran(make: Make) -> None:
+    child = make(SLEEP)
+    child.ask_to_stop()
+    assert child.stop() == 0
+
+
+def test_wait_gives_the_exit_code_or_stops(make: Make) -> None:
+    child = make("raise SystemExit(7)")
+    child.start()
+    assert child.wait(lambda: False) == 7
+    child = make(OBEDIENT, "second")
+    child.start()
+    up(child)
+    assert child.wait(lambda: True) == 0
+
+
+def test_ctrl_c_reaches_only_the_parent(make: Make) -> None:
+    child = make(SLEEP)
+    child.start()
+    up(child)
+    assert child.process is not None
+    assert os.getpgid(child.process.pid) != os.getpgid(0)
+
+
+PARENT = """
+import sys, time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from runtime.supervisor import Child
+child = Child("child", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]))
+child.start()
+print(child.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    log = tmp_path / "child.log"
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, OBEDIENT, str(log)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        until(lambda: log.exists() and "up" in log.read_text(), "the child to come up")
+        assert alive(child)
+        parent.kill()
+    until(lambda: not alive(child), "the child to die")
+    assert "stopped in order" in log.read_text()
+
+
+def test_a_child_that_hangs_dies_with_its_parent_too(tmp_path: Path) -> None:
+    hangs = """
+import time
+from runtime import supervisor
+supervisor._watch_stdin.__defaults__ = (0.3,)
+supervisor.stop_on_signals()
+print("up", flush=True)
+time.sleep(60)
+"""
+    log = tmp_path / "child.log"
+    with subprocess.Popen([sys.executable, "-c", PARENT, hangs, str(log)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        until(lambda: log.exists() and "up" in log.read_text(), "the child to come up")
+        parent.kill()
+    until(lambda: not alive(child), "the child to die")
+
+
+def test_a_second_signal_ends_the_process_at_once(make: Make) -> None:
+    child = make(
+        OBEDIENT.replace("stop.wait(60)", "stop.wait(60); print('up again', flush=True)\nimport time; time.sleep(60)")
+    )
+    child.start()
+    up(child)
+    child.ask_to_stop()
+    until(lambda: "up again" in text(child), "the first signal to be seen")
+    child.ask_to_stop()
+    assert child.process is not None
+    assert child.process.wait(ENOUGH_S) == 1
+
+
+def test_a_process_that_is_no_child_does_not_watch_its_stdin() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != WATCH_STDIN}
+    code = "from runtime.supervisor import stop_on_signals; s = stop_on_signals(); print(s.wait(0.3))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=ENOUGH_S,
+        check=True,
+    )
+    assert done.stdout == "False\n"
