@@ -1,0 +1,327 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ppo_episodes import TASKS, episode, policy_spec, tokens
+
+from trainer.batch import Batch, build_batch
+from trainer.buffer import DemoBuffer
+from trainer.chunked_ppo import (
+    advantages,
+    approximate_kl,
+    cloning_loss,
+    executed_log_prob,
+    next_values,
+    normalise_by_task,
+    ppo_loss,
+    reduced_precision,
+    update,
+)
+from trainer.config import BufferConfig, PPOConfig, VLAConfig
+from trainer.samples import cloning_samples
+from trainer.vla import VLA, log_prob
+
+torch.set_num_threads(1)
+
+
+def gae(
+    reward: list[float],
+    discount: list[float],
+    terminated: list[bool],
+    last: list[bool],
+    value: list[float],
+    final: list[float],
+    episodes: list[int],
+    lam: float,
+) -> list[float]:
+    v, ends = np.array(value), np.array(last)
+    following = next_values(v, np.array(final), ends, np.array(episodes))
+    made = advantages(np.array(reward), np.array(discount), np.array(terminated), ends, v, following, lam)
+    return [round(x, 10) for x in made.tolist()]
+
+
+def test_gae_by_hand_with_early_success_truncation_and_cut_chunks() -> None:
+    # gamma = 0.5, lambda = 0.5. Episode 0: chunks of 2 and 1 actions, success. Episode 1: 2 and 2, time-out with V = 8.
+    got = gae(
+        reward=[1.0, 2.0, 0.0, 4.0],
+        discount=[0.25, 0.5, 0.25, 0.25],
+        terminated=[False, True, False, False],
+        last=[False, True, False, True],
+        value=[1.0, 4.0, 2.0, 8.0],
+        final=[100.0, 8.0],
+        episodes=[0, 0, 1, 1],
+        lam=0.5,
+    )
+    # Episode 0: delta = 1 + .25 * 4 - 1 = 1 and 2 - 4 = -2; A = 1 + .25 * .5 * -2 = .75 and -2.
+    # Episode 1: delta = 0 + .25 * 8 - 2 = 0 and 4 + .25 * 8 - 8 = -2; A = 0 + .125 * -2 = -.25 and -2.
+    assert got == [0.75, -2.0, -0.25, -2.0]
+
+
+def test_single_step_chunks_give_the_ordinary_estimator() -> None:
+    rng = np.random.default_rng(0)
+    reward, value, final = rng.normal(size=6), rng.normal(size=6), rng.normal(size=1)
+    gamma, lam = 0.9, 0.8
+    v = np.append(value, final)
+    delta = reward + gamma * v[1:] - v[:-1]
+    expected = [sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, 6)) for i in range(6)]
+    got = gae(
+        reward.tolist(), [gamma] * 6, [False] * 6, [False] * 5 + [True], value.tolist(), final.tolist(), [0] * 6, lam
+    )
+    assert got == pytest.approx(expected)
+
+
+@given(
+    executed=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    status=st.sampled_from(["success", "failure", "timeout"]),
+    gamma=st.floats(0.1, 1.0),
+    final=st.floats(-5, 5),
+)
+def test_lambda_one_is_the_discounted_return_of_the_steps_minus_the_value(
+    executed: list[int], status: str, gamma: float, final: float
+) -> None:
+    config = PPOConfig(gamma=gamma, success_reward=3.0, step_cost=0.25)
+    batch = build_batch(
+        [episode(executed, status)], policy_spec(), TASKS, config, tokens=tokens, age=lambda _: 0, max_age=0
+    )
+    value = np.random.default_rng(1).normal(size=len(executed))
+    following = next_values(value, np.array([final]), batch.last, batch.episode)
+    got = advantages(batch.reward, batch.discount, batch.terminated, batch.last, value, following, 1.0)
+    steps = [-0.25] * sum(executed)
+    if status == "success":
+        steps[-1] += 3.0
+    returns = [0.0 if status != "timeout" else final]
+    for r in reversed(steps):
+        returns.append(r + gamma * returns[-1])
+    returns.reverse()
+    starts = np.cumsum([0, *executed])[:-1]
+    assert got + value == pytest.approx([returns[i] for i in starts], abs=1e-8)
+
+
+def test_normalised_by_task_over_the_fresh_decisions_only() -> None:
+    advantage = np.array([1.0, 3.0, 100.0, 500.0, 900.0, 5.0])
+    task = np.array([0, 0, 0, 1, 1, 2])
+    used = np.array([True, True, False, True, True, True])
+    assert normalise_by_task(advantage, task, used).tolist() == [-1.0, 1.0, 0.0, -1.0, 1.0, 0.0]
+
+
+def test_actions_never_executed_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    actions, log_std = torch.randn(3, 4, 2), torch.full((3, 4, 2), -1.0)
+    mean = torch.randn(3, 4, 2, requires_grad=True)
+    executed = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    torch.autograd.backward(executed_log_prob(actions, mean, log_std, executed).sum())
+    assert mean.grad is not None
+    moved = (mean.grad != 0).all(dim=2)
+    assert (moved == (executed > 0)).all()
+    target_mean = torch.randn(3, 4, 2, requires_grad=True)
+    torch.autograd.backward(cloning_loss(actions, target_mean, log_std, executed, torch.ones(3)))
+    assert target_mean.grad is not None
+    assert ((target_mean.grad != 0).all(dim=2) == (executed > 0)).all()
+
+
+def test_executed_log_prob_is_the_sum_of_the_first_k() -> None:
+    torch.manual_seed(0)
+    actions, mean, log_std = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(dim=2)
+    got = executed_log_prob(actions, mean, log_std, torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]))
+    assert got.tolist() == pytest.approx([expected[0, :3].sum().item(), expected[1, 0].item()], rel=1e-5)
+
+
+def test_clipping_by_hand() -> None:
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1])
+    advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0])
+    log_ratio = ratio.log().requires_grad_()
+    loss = ppo_loss(log_ratio, advantage, 0.2)
+    # A gain is worth no more than 1.2 A, a loss is felt in full; and the other way round below 1.
+    assert loss.tolist() == pytest.approx([-2.4, 3.0, -1.0, 1.6, -2.2])
+    torch.autograd.backward(loss.sum())
+    assert log_ratio.grad is not None
+    assert log_ratio.grad.tolist() == pytest.approx([0.0, 3.0, -1.0, 0.0, -2.2])
+
+
+def test_kl_estimate_is_right_on_average_and_never_negative() -> None:
+    torch.manual_seed(0)
+    old, new = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(0.3, 1.1)
+    x = old.sample((200_000,))
+    estimate = approximate_kl(new.log_prob(x) - old.log_prob(x))
+    assert (estimate >= 0).all()
+    assert estimate.mean().item() == pytest.approx(torch.distributions.kl_divergence(old, new).item(), rel=0.05)
+
+
+def test_cloning_loss_is_the_mean_over_executed_actions_and_leaves_sigma_alone() -> None:
+    target = torch.zeros(2, 2, 1)
+    mean = torch.tensor([[[1.0], [50.0]], [[2.0], [3.0]]], requires_grad=True)
+    log_std = torch.zeros(2, 2, 1, requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    loss = cloning_loss(target, mean, log_std, mask, torch.tensor([1.0, 0.5]))
+    half_log_2pi = 0.5 * np.log(2 * np.pi)
+    expected = ((0.5 + half_log_2pi) + 0.5 * (2.0 + half_log_2pi) + 0.5 * (4.5 + half_log_2pi)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    torch.autograd.backward(loss)
+    assert log_std.grad is None
+
+
+# --- the whole update, on a problem with a known answer ---------------------------------------------------------------
+
+SPEC = policy_spec()
+CONFIG = PPOConfig(lr=3e-3, epochs=4, minibatch=64, target_kl=1.0)
+
+
+def tiny_vla() -> VLA:
+    torch.manual_seed(0)
+    vla = VLA(VLAConfig(horizon_steps=4, channels=(4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8), SPEC)
+    vla.set_state_statistics(torch.zeros(2), torch.ones(2))
+    return vla
+
+
+def sampled_batch(vla: VLA, executed: list[int], seed: int) -> Batch:
+    """A batch of one-decision episodes whose actions the policy has just sampled."""
+    episodes = [episode([k], "failure", name=f"e{i}", seed=1000 * seed + i) for i, k in enumerate(executed)]
+    batch = build_batch(episodes, SPEC, TASKS, CONFIG, tokens=tokens, age=lambda _: 0, max_age=0)
+    seen = batch.observations
+    with torch.no_grad():
+        mean, log_std = vla(seen.images, seen.state, seen.tokens)
+        batch.actions = mean + log_std.exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
+        batch.log_prob = executed_log_prob(batch.actions, mean, log_std, batch.executed)
+    return batch
+
+
+def run_update(
+    vla: VLA,
+    batch: Batch,
+    advantage: np.ndarray,
+    *,
+    w: float = 1.0,
+    c: float = 0.0,
+    buffer: DemoBuffer | None = None,
+    config: PPOConfig = CONFIG,
+    optimiser: torch.optim.Optimizer | None = None,
+):
+    return update(
+        vla,
+        optimiser or torch.optim.Adam(vla.parameters(), lr=config.lr),
+        batch,
+        advantage,
+        buffer or DemoBuffer(BufferConfig(), TASKS),
+        np.full(2, w, np.float32),
+        config,
+        cloning_scale=c,
+        shift_px=1,
+        rng=np.random.default_rng(0),
+        generator=torch.Generator().manual_seed(0),
+        stopped=lambda: False,
+    )
+
+
+def test_update_moves_the_executed_actions_to_where_the_advantage_is() -> None:
+    vla = tiny_vla()
+    optimiser = torch.optim.Adam(vla.parameters(), lr=CONFIG.lr)
+    goal = torch.tensor([0.5, -0.8])
+
+    def distance(batch: Batch) -> torch.Tensor:
+        return ((batch.actions - goal).square().sum(dim=2) * batch.executed).sum(dim=1)
+
+    first = float(distance(sampled_batch(vla, [4] * 128, 0)).mean())
+    for i in range(25):
+        batch = sampled_batch(vla, [4, 2] * 64, i)
+        result = run_update(vla, batch, -distance(batch).double().numpy(), optimiser=optimiser)
+        assert result is not None
+        assert result.gradient_steps > 0
+    last = float(distance(sampled_batch(vla, [4] * 128, 99)).mean())
+    assert last < 0.5 * first
+
+
+def test_first_gradient_step_starts_at_ratio_one_and_kl_zero() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 32, 0)
+    config = PPOConfig(lr=1e-9, epochs=1, minibatch=32)
+    result = run_update(vla, batch, np.random.default_rng(0).normal(size=32), config=config)
+    assert result is not None
+    assert result.kl == pytest.approx(0.0, abs=1e-6)
+    assert result.clip_fraction == 0.0
+
+
+def test_bfloat16_is_not_used_where_it_would_blur_the_ratio() -> None:
+    vla = tiny_vla()
+    torch.nn.init.normal_(vla.head.weight)
+    with torch.no_grad():
+        vla.log_sigma.fill_(-7.0)
+    assert not reduced_precision(vla, sampled_batch(vla, [4] * 32, 0), 0.2)
+
+
+def test_the_target_kl_ends_the_update() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 128, 0)
+    config = PPOConfig(lr=0.05, epochs=20, minibatch=64, target_kl=0.05)
+    result = run_update(vla, batch, np.random.default_rng(0).normal(size=128), config=config)
+    assert result is not None
+    assert result.kl_stop
+    assert result.gradient_steps < 40
+
+
+def test_stale_decisions_are_not_learned_from() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 64, 0)
+    batch.fresh[:32] = False
+    batch.log_prob[:32] = -1e4  # a ratio of infinity, were it used
+    result = run_update(vla, batch, np.random.default_rng(0).normal(size=64))
+    assert result is not None
+    assert np.isfinite(result.policy_loss)
+    assert all(torch.isfinite(parameter).all() for parameter in vla.parameters())
+
+
+def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
+    vla = tiny_vla()
+    buffer = DemoBuffer(BufferConfig(), TASKS)
+    demonstrations = []
+    for i in range(8):
+        one = episode([1] * 6, name=f"d{i}", seed=i)
+        for decision in one.decisions:
+            decision.sent = np.array([[0.5, -0.5]], np.float32)
+        samples = cloning_samples(one, 4, tokens(""))
+        demonstrations.append(samples)
+        buffer.seed("left", f"d{i}", 6, ("expert",), samples)
+
+    def error() -> float:
+        with torch.no_grad():
+            s = demonstrations[0]
+            images = {name: torch.from_numpy(pixels) for name, pixels in s.images.items()}
+            mean, _ = vla(images, torch.from_numpy(s.state), torch.from_numpy(s.tokens))
+        return float((mean[:, 0] - torch.tensor([0.5, -0.5])).abs().mean())
+
+    before = error()
+    batch = sampled_batch(vla, [4] * 64, 0)
+    config = PPOConfig(lr=3e-3, epochs=40, minibatch=64, target_kl=1e9)
+    result = run_update(
+        vla, batch, np.random.default_rng(0).normal(size=64), w=0.0, c=1.0, buffer=buffer, config=config
+    )
+    assert result is not None
+    assert error() < 0.3 * before
+
+
+def test_a_stop_ends_it() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 8, 0)
+    made = update(
+        vla,
+        torch.optim.Adam(vla.parameters()),
+        batch,
+        np.zeros(8),
+        DemoBuffer(BufferConfig(), TASKS),
+        np.ones(2, np.float32),
+        CONFIG,
+        cloning_scale=0.0,
+        shift_px=0,
+        rng=np.random.default_rng(0),
+        generator=torch.Generator(),
+        stopped=lambda: True,
+    )
+    assert made is None
+
+
+def test_log_prob_agrees_with_torch() -> None:
+    torch.manual_seed(0)
+    a, mean, log_std = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(a).sum(dim=2)
+    assert torch.allclose(log_prob(a, mean, log_std), expected, atol=1e-5)

@@ -1,0 +1,405 @@
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from ppo_robot import BACKEND, CONFIG, Robot, announce, prepared_run
+
+from bridge.backends import make_backend
+from runtime.episodes import EpisodeLog
+from runtime.index import EpisodeIndex
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer import continual, metrics
+from trainer.config import StopConfig, TrainerConfig
+from trainer.continual import ContinualTrainer, TrainingError, train
+from trainer.experience import ExperienceError
+from trainer.ratio import RatioError
+
+torch.set_num_threads(1)
+SPEC = make_backend(BACKEND).spec
+EPISODES = CONFIG.episodes_per_iteration
+# Tests of bookkeeping: the smallest iteration that goes through everything.
+SMALL = msgspec.structs.replace(
+    CONFIG,
+    episodes_per_iteration=4,
+    ppo=msgspec.structs.replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1),
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def run(prepared: RunDir, tmp_path: Path) -> RunDir:
+    shutil.copytree(prepared.path, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+@pytest.fixture
+def robot(run: RunDir) -> Iterator[Robot]:
+    made = Robot(run)
+    yield made
+    made.close()
+
+
+def make_trainer(
+    run: RunDir,
+    config: TrainerConfig = SMALL,
+    announce: Callable[[Path], None] | None = None,
+    warnings: list[str] | None = None,
+) -> ContinualTrainer:
+    return ContinualTrainer(
+        run,
+        SPEC,
+        config,
+        0,
+        announce=announce or (lambda path: make_live(run, path)),
+        stop=threading.Event(),
+        warn=(warnings if warnings is not None else []).append,
+    )
+
+
+def make_live(run: RunDir, path: Path) -> None:
+    announce(run, path)
+
+
+def iterate(trainer: ContinualTrainer, robot: Robot, episodes: int = 4) -> dict[str, Any]:
+    robot.run(episodes)
+    rows = trainer.collect()
+    assert rows is not None
+    line = trainer.iterate(rows)
+    assert line is not None
+    return line
+
+
+def mean(curve: list[dict[str, Any]], key: str) -> float:
+    return float(np.mean([line[key] for line in curve]))
+
+
+def lines(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_ppo_makes_the_point_faster(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run, CONFIG)
+    curve = [iterate(trainer, robot, EPISODES) for _ in range(11)]
+    assert all(line["ratio_error"] < 1e-3 for line in curve)
+    first, last = curve[:2], curve[-3:]  # the policy that explores in the first two is that of SFT
+    assert mean(last, "steps_to_success") < 0.9 * mean(first, "steps_to_success")
+    assert mean(last, "success") > mean(first, "success") - 0.1
+    assert curve[-1]["weight"] > curve[1]["weight"] > curve[0]["weight"] == 0.0
+
+
+def test_warm_up_publishes_nothing_and_then_every_iteration_a_child(run: RunDir, robot: Robot) -> None:
+    sft = Registry(run.registry).live()
+    trainer = make_trainer(run)
+    assert iterate(trainer, robot)["warmup"]
+    assert trainer.version == Registry(run.registry).live() == sft
+    first, second = iterate(trainer, robot), iterate(trainer, robot)
+    assert Registry(run.registry).live() == second["version"] == trainer.version
+    assert [row.version for row in Registry(run.registry).lineage(second["version"])] == [
+        second["version"],
+        first["version"],
+        sft,
+    ]
+    assert Registry(run.registry).get(second["version"]).made["episodes_seq"] == [9, 12]
+
+
+def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    iterate(trainer, robot)
+    line = iterate(trainer, robot)
+    assert lines(run)[-1] == json.loads(json.dumps(line))
+    wanted = (
+        "iteration unix_s minutes env_steps episodes version success steps_to_success success_by_task steps_by_task "
+        "buffer_episodes buffer_steps weight weight_by_task weight_inputs kl clip_fraction policy_loss cloning_loss "
+        "value_loss explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
+        "dropped_stale aborted collect_wait_s learn_s"
+    )
+    assert set(wanted.split()) <= line.keys()
+    assert line["iteration"] == 2
+    assert line["episodes"] == 4
+    rows = EpisodeIndex(run.episodes).after(0)
+    assert line["env_steps"] == sum(row.steps for row in rows)
+    assert 0 < line["weight"] < 1
+    assert line["sigma"] == pytest.approx(CONFIG.vla.sigma)
+
+
+def test_aborted_evaluated_and_stale_episodes_are_not_learned_from(run: RunDir, robot: Robot) -> None:
+    config = msgspec.structs.replace(SMALL, max_staleness_versions=0)
+    trainer = make_trainer(run, config)
+    sft = trainer.version
+    iterate(trainer, robot)
+    iterate(trainer, robot)
+    robot.run(3, version=sft)
+    robot.run(2, explore=False)
+    robot.abort()
+    line = iterate(trainer, robot)
+    assert line["episodes"] == 4
+    assert line["aborted"] == 1
+    stale = EpisodeIndex(run.episodes).after(8, 3)
+    assert line["dropped_stale"] == sum(row.decisions for row in stale) > 0
+    assert line["staleness_versions"] == 0.0
+
+
+def test_episodes_that_came_late_are_learned_from_a_version_old(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    iterate(trainer, robot)
+    before = trainer.version
+    iterate(trainer, robot)
+    robot.run(2, version=before)
+    line = iterate(trainer, robot, 2)
+    assert 0 < line["staleness_versions"] < 1
+    assert line["staleness_versions_max"] == 1
+    assert line["dropped_stale"] == 0
+
+
+def test_a_backlog_is_cut_to_its_newest_episodes(run: RunDir, robot: Robot) -> None:
+    line = iterate(make_trainer(run), robot, 11)
+    assert line["episodes"] == 8
+    oldest = EpisodeIndex(run.episodes).after(0, 3)
+    assert line["dropped_stale"] == sum(row.decisions for row in oldest)
+
+
+def test_a_damaged_episode_is_left_out_and_told_of(run: RunDir, robot: Robot) -> None:
+    robot.run(1)
+    index = EpisodeIndex(run.episodes)
+    path = index.path(index.after(0)[0])
+    path.write_bytes(path.read_bytes()[:-40])
+    warnings: list[str] = []
+    line = iterate(make_trainer(run, warnings=warnings), robot)
+    assert line["unreadable"] == 1
+    assert line["episodes"] == 4
+    assert any(path.name in warning for warning in warnings)
+
+
+def test_own_successes_enter_the_buffer_and_are_held(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    line = iterate(trainer, robot, 8)
+    assert line["success"] > 0
+    held = trainer.buffer.own_episodes()
+    assert held
+    assert line["buffer_episodes"] == SMALL.demos.per_task + len(held)
+    index = EpisodeIndex(run.episodes)
+    assert {row.episode for row in index.retire(10**12)} == {row.episode for row in index.after(0)} - set(held)
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash(*_: Any, **__: Any) -> None:
+    raise CrashError
+
+
+@pytest.mark.parametrize("where", ["publish", "add", "append_line", "save", "hold", "announce"])
+def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
+    run: RunDir, robot: Robot, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run)
+    for _ in range(2):
+        iterate(trainer, robot)
+    owners: dict[str, Any] = {
+        "publish": continual.Exporter,
+        "add": Registry,
+        "append_line": metrics,
+        "save": ContinualTrainer,
+        "hold": EpisodeIndex,
+        "announce": None,
+    }
+    robot.run(4)
+    rows = trainer.collect()
+    assert rows is not None
+    with monkeypatch.context() as patch:
+        if owners[where] is None:
+            patch.setattr(trainer, "_announce", crash)
+        else:
+            patch.setattr(owners[where], where, crash)
+        with pytest.raises(CrashError):
+            trainer.iterate(rows)
+    again = make_trainer(run)
+    assert Registry(run.registry).live() == again.version
+    done = where in ("hold", "announce")
+    assert len(lines(run)) == (3 if done else 2)
+    if done:
+        robot.run(4)
+    later = again.collect()
+    assert later is not None
+    line = again.iterate(later)
+    assert line is not None
+    assert [entry["iteration"] for entry in lines(run)] == list(range(1, 5 if done else 4))
+    assert line["env_steps"] == sum(row.steps for row in EpisodeIndex(run.episodes).after(0))
+
+
+def test_resuming_restores_everything(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    for _ in range(3):
+        iterate(trainer, robot)
+    again = make_trainer(run)
+    assert again.version == trainer.version
+    assert again.buffer.state() == trainer.buffer.state()
+    # From the same state and the same episodes both learn the same.
+    robot.run(4)
+    results = []
+    for one in (trainer, again):
+        rows = one.collect()
+        assert rows is not None
+        line = one.iterate(rows)
+        assert line is not None
+        results.append(
+            {key: line[key] for key in ("iteration", "env_steps", "kl", "policy_loss", "value_loss", "weight")}
+        )
+        break_point = Registry(run.registry).live()
+        assert break_point is not None
+        if one is trainer:
+            # Put the run back to where it was, as if this iteration had not been.
+            Registry(run.registry).set_live(again.version, why="test")
+    assert results[0] == results[1]
+
+
+def test_a_buffer_whose_episodes_are_gone_is_not_resumed(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    iterate(trainer, robot, 8)
+    held = trainer.buffer.own_episodes()
+    EpisodeIndex(run.episodes).mark_deleted(held[:1])
+    with pytest.raises(ExperienceError, match=held[0]):
+        make_trainer(run)
+
+
+def test_a_run_without_demonstrations_starts_with_an_empty_buffer(run: RunDir, robot: Robot) -> None:
+    shutil.rmtree(run.demos)
+    warnings: list[str] = []
+    trainer = make_trainer(run, warnings=warnings)
+    assert trainer.buffer.episodes == 0
+    assert any("starts empty" in warning for warning in warnings)
+    for _ in range(2):
+        iterate(trainer, robot, 8)
+    assert trainer.buffer.episodes > 0
+
+
+def test_an_operator_who_goes_back_is_followed(run: RunDir, robot: Robot) -> None:
+    warnings: list[str] = []
+    trainer = make_trainer(run, warnings=warnings)
+    for _ in range(3):
+        iterate(trainer, robot)
+    registry = Registry(run.registry)
+    left, wanted = trainer.version, registry.previous()
+    assert wanted is not None
+    robot.run(2)  # in flight when the operator goes back
+    registry.set_live(wanted, why="rollback")
+    line = iterate(trainer, robot, 2)
+    assert line["ratio_error"] < 0.02
+    assert line["staleness_versions_max"] == 1
+    assert registry.get(line["version"]).parent == wanted
+    assert registry.live() == line["version"] != left
+    assert any("made live in place of" in warning for warning in warnings)
+
+
+def test_a_wrong_stamp_stops_training(run: RunDir, robot: Robot) -> None:
+    trainer = make_trainer(run)
+    robot.run(4, stamp="0" * 64)
+    with pytest.raises(RatioError, match="lineage"):
+        trainer.collect()
+
+
+def test_without_a_policy_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="fieldtune sft"):
+        make_trainer(RunDir(tmp_path))
+
+
+def test_waiting_is_told_of(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continual, "STILL_WAITING_S", 0.05)
+    told = threading.Event()
+    stop = threading.Event()
+
+    def warn(message: str) -> None:
+        assert "0 of 4" in message
+        told.set()
+        stop.set()
+
+    version = train(run, SPEC, SMALL, 0, announce=lambda path: None, stop=stop, report=lambda line: None, warn=warn)
+    assert told.is_set()
+    assert version == Registry(run.registry).live()
+    assert (run.trainer / "checkpoint.pt").exists()
+
+
+def test_train_stops_at_its_limit_and_does_not_start_again(run: RunDir, robot: Robot) -> None:
+    config = msgspec.structs.replace(SMALL, stop=StopConfig(iterations=2))
+    reports: list[dict[str, Any]] = []
+    arguments: dict[str, Any] = {
+        "announce": lambda path: announce(run, path),
+        "stop": threading.Event(),
+        "report": lambda line: (reports.append(line), robot.run(4)),
+        "warn": lambda message: None,
+    }
+    robot.run(4)
+    version = train(run, SPEC, config, 0, **arguments)
+    assert [line["iteration"] for line in reports] == [1, 2]
+    assert version == reports[-1]["version"] == Registry(run.registry).live()
+    assert train(run, SPEC, config, 0, **arguments) == version
+    assert len(lines(run)) == 2
+
+
+WORK = """
+import sys
+import threading
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import test_continual as t
+run = t.RunDir(Path(sys.argv[1]))
+robot = t.Robot(run)
+trainer = t.make_trainer(run)
+print("ready", flush=True)
+while True:
+    line = t.iterate(trainer, robot)
+    print(line["iteration"], flush=True)
+    if line["iteration"] >= 7:
+        break
+robot.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_that_is_killed_goes_on_with_the_same_curve(run: RunDir) -> None:
+    script = WORK.format(here=str(Path(__file__).parent))
+    rng = np.random.default_rng(int.from_bytes(run.path.name.encode()))
+    for kills_left in range(2, -1, -1):
+        process = subprocess.Popen([sys.executable, "-c", script, str(run.path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if kills_left:
+            process.stdout.readline()
+            time.sleep(float(rng.uniform(0, 0.5)))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        else:
+            assert process.wait(timeout=120) == 0
+        process.stdout.close()
+    curve = lines(run)
+    assert [line["iteration"] for line in curve] == list(range(1, 8))
+    registry = Registry(run.registry)
+    assert registry.live() == curve[-1]["version"]
+    log = EpisodeLog(run.episodes)  # recovers what the last kill tore
+    rows = log.index.after(0, 10**6)
+    log.close()
+    assert curve[-1]["env_steps"] == sum(row.steps for row in rows if row.status != "aborted")
+    # The ranges of episodes that made the versions join without overlap.
+    lineage = registry.lineage(curve[-1]["version"])[::-1]
+    ranges = [row.made["episodes_seq"] for row in lineage if row.made["command"] == "train"]
+    assert len(ranges) == 6
+    assert all(earlier[1] + 1 == later[0] for earlier, later in itertools.pairwise(ranges))

@@ -1,0 +1,139 @@
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ppo_robot import BACKEND, CONFIG, Robot, prepared_run
+
+from bridge.backends import make_backend
+from runtime.bundle import read_bundle
+from runtime.index import EpisodeIndex
+from runtime.policy import Policy
+from runtime.reading import read_episode
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer.batch import Batch, build_batch
+from trainer.export import load_weights
+from trainer.ratio import Behaviours, RatioError, check_ratio, probe_difference
+from trainer.vla import VLA
+
+torch.set_num_threads(1)
+SPEC = make_backend(BACKEND).spec
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def run(prepared: RunDir, tmp_path: Path) -> RunDir:
+    shutil.copytree(prepared.path, tmp_path / "run")
+    return RunDir(tmp_path / "run")
+
+
+def setup(run: RunDir) -> tuple[VLA, str, Behaviours]:
+    version = Registry(run.registry).live()
+    assert version is not None
+    bundle = read_bundle(run.policies / version)
+    vla = VLA(CONFIG.vla, bundle.spec)
+    load_weights(vla, bundle)
+    behaviours = Behaviours(run.policies, vla, 3)
+    behaviours.set_history([version])
+    return vla, version, behaviours
+
+
+def batch_of(run: RunDir, behaviours: Behaviours) -> Batch:
+    index = EpisodeIndex(run.episodes)
+    policy = Policy.load(run.policies / str(Registry(run.registry).live()))
+    return build_batch(
+        [read_episode(index.path(row)) for row in index.after(0)],
+        policy.spec,
+        tuple(SPEC.instructions),
+        CONFIG.ppo,
+        tokens=policy.tokens,
+        age=behaviours.age,
+        max_age=2,
+    )
+
+
+def check(run: RunDir, behaviours: Behaviours) -> float:
+    return check_ratio(batch_of(run, behaviours), behaviours, np.random.default_rng(0))
+
+
+def drive(run: RunDir, **how: object) -> None:
+    robot = Robot(run)
+    robot.run(4, **how)  # type: ignore[arg-type]
+    robot.close()
+
+
+def test_runtime_and_trainer_agree(run: RunDir) -> None:
+    _, _, behaviours = setup(run)
+    drive(run)
+    assert check(run, behaviours) < 1e-3
+
+
+def test_another_image_is_preprocessing(run: RunDir) -> None:
+    _, _, behaviours = setup(run)
+    drive(run, darker=True)
+    with pytest.raises(RatioError, match=r"preprocessing.*probe comes out right") as caught:
+        check(run, behaviours)
+    assert caught.value.broken == "preprocessing"
+
+
+def test_weights_that_are_not_those_of_the_bundle_are_export(run: RunDir) -> None:
+    vla, version, behaviours = setup(run)
+    drive(run)
+    with torch.no_grad():
+        vla.head.bias += 0.05
+    behaviours.remember(version, vla)
+    with pytest.raises(RatioError, match=r"export.*half the range") as caught:
+        check(run, behaviours)
+    assert caught.value.broken == "export"
+
+
+def test_the_stamp_of_another_version_is_lineage(run: RunDir) -> None:
+    vla, version, behaviours = setup(run)
+    other = copy.deepcopy(vla)
+    with torch.no_grad():
+        other.head.bias += 0.05
+    behaviours.remember(version, vla)
+    behaviours.remember("other", other)
+    behaviours.set_history([version, "other"])
+    drive(run, stamp="other")
+    with pytest.raises(RatioError, match=f"are those of version {version[:12]}") as caught:
+        check(run, behaviours)
+    assert caught.value.broken == "lineage"
+
+
+def test_a_version_that_never_was_live_is_lineage(run: RunDir) -> None:
+    _, _, behaviours = setup(run)
+    drive(run, stamp="f" * 64)
+    with pytest.raises(RatioError, match="never had live") as caught:
+        check(run, behaviours)
+    assert caught.value.broken == "lineage"
+
+
+def test_a_log_prob_that_is_no_number_does_not_pass(run: RunDir) -> None:
+    _, _, behaviours = setup(run)
+    drive(run)
+    batch = batch_of(run, behaviours)
+    batch.log_prob[:] = float("nan")
+    with pytest.raises(RatioError):
+        check_ratio(batch, behaviours, np.random.default_rng(0))
+
+
+def test_age_counts_changes_of_the_live_version_since(run: RunDir) -> None:
+    _, _, behaviours = setup(run)
+    behaviours.set_history(["a", "b", "c", "b"])
+    assert [behaviours.age(version) for version in "abc"] == [3, 0, 1]
+
+
+def test_old_weights_are_read_from_the_bundle(run: RunDir) -> None:
+    vla, version, behaviours = setup(run)
+    for i in range(5):
+        behaviours.remember(f"v{i}", vla)
+    assert behaviours.recent() == ["v2", "v3", "v4"]
+    assert probe_difference(behaviours.policy(version), behaviours.bundle(version)) < 1e-5

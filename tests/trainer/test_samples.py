@@ -1,0 +1,109 @@
+"""Cloning samples hold what was really executed, and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec
+from runtime.episode import FORMAT, Decision, Episode, EpisodeStart
+from trainer.samples import cloning_samples, concatenate, random_shift
+
+SPEC = BackendSpec(
+    name="fake",
+    cameras=(CameraSpec("eye", 4, 5),),
+    state=VectorSpec(("x",), ("m",)),
+    action=ActionSpec(("a", "b"), ("1", "1"), (-1.0, -1.0), (1.0, 1.0), "delta"),
+    control_hz=10.0,
+    instructions={"t": "go"},
+)
+START = EpisodeStart(
+    format=FORMAT,
+    episode="e",
+    task="t",
+    instruction="go",
+    seed=0,
+    source="policy",
+    explore=True,
+    client="c",
+    spec=SPEC,
+    started_unix_s=0.0,
+)
+
+
+def sent_at(step: int) -> list[float]:
+    return [step + 0.25, -step - 0.5]
+
+
+def episode(chunks: list[tuple[int, int]], horizon: int) -> Episode:
+    """Decisions as (step, executed actions); what was sampled is 99 everywhere, what was sent is `sent_at`."""
+    decisions = [
+        Decision(
+            step=step,
+            version="v",
+            observation=Observation({"eye": np.full((4, 5, 3), step, np.uint8)}, np.array([step], np.float32)),
+            actions=np.full((horizon, 2), 99, np.float32),
+            log_prob=None,
+            sent=np.array([sent_at(step + j) for j in range(k)], np.float32).reshape(k, 2),
+            reward=np.zeros(k, np.float32),
+        )
+        for step, k in chunks
+    ]
+    return Episode(START, decisions, "success", max((s + k for s, k in chunks), default=0))
+
+
+def test_targets_run_on_over_the_following_decisions() -> None:
+    # Chunks of 3, cut after 2 and after 1; the last decision was never executed.
+    samples = cloning_samples(episode([(0, 2), (2, 3), (5, 1), (6, 0)], 3), 3, np.array([7, 8]))
+    assert samples.state[:, 0].tolist() == [0, 2, 5]
+    assert samples.images["eye"][:, 0, 0, 0].tolist() == [0, 2, 5]
+    assert samples.mask.tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert samples.target[0].tolist() == [sent_at(0), sent_at(1), sent_at(2)]
+    assert samples.target[1].tolist() == [sent_at(2), sent_at(3), sent_at(4)]
+    assert samples.target[2].tolist() == [sent_at(5), [0, 0], [0, 0]]
+    assert samples.tokens.tolist() == [[7, 8]] * 3
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 9), st.sampled_from([0, 3]))
+def test_every_masked_target_was_sent_at_that_step(executed: list[int], horizon: int, gap: int) -> None:
+    chunks, step = [], 0
+    for i, k in enumerate(executed):
+        chunks.append((step, k))
+        step += k + (gap if i == 1 else 0)
+    samples = cloning_samples(episode(chunks, 4), horizon)
+    really = {step + j for step, k in chunks for j in range(k)}
+    assert len(samples) == sum(any(step + j in really for j in range(horizon)) for step, _ in chunks)
+    for state, target, mask in zip(samples.state, samples.target, samples.mask, strict=True):
+        steps = [int(state[0]) + j for j in range(horizon)]
+        assert mask.tolist() == [float(step in really) for step in steps]
+        assert target.tolist() == [sent_at(step) if step in really else [0, 0] for step in steps]
+
+
+def test_concatenation_keeps_order_and_types() -> None:
+    one, two = cloning_samples(episode([(0, 2), (2, 2)], 2), 2), cloning_samples(episode([(0, 1)], 2), 2)
+    both = concatenate([one, two])
+    assert len(both) == 3 and both.state[:, 0].tolist() == [0, 2, 0]
+    assert both.images["eye"].dtype == np.uint8 and both.target.dtype == both.mask.dtype == np.float32
+    assert len(cloning_samples(episode([], 2), 2)) == 0
+    with pytest.raises(ValueError, match="no samples"):
+        concatenate([])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_random_shift_is_a_shift_with_a_repeated_border(dtype: torch.dtype) -> None:
+    images = torch.randint(0, 255, (64, 6, 9, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+    shifted = random_shift(images, 2, torch.Generator().manual_seed(1))
+    assert shifted.dtype == dtype and torch.equal(shifted, random_shift(images, 2, torch.Generator().manual_seed(1)))
+    offsets = set()
+    for image, moved in zip(images, shifted, strict=True):
+        matches = [
+            (y, x)
+            for y in range(-2, 3)
+            for x in range(-2, 3)
+            if torch.equal(image[(torch.arange(6) + y).clamp(0, 5)][:, (torch.arange(9) + x).clamp(0, 8)], moved)
+        ]
+        assert len(matches) == 1
+        offsets.add(matches[0])
+    assert len(offsets) > 15  # of 25: not one shift for the whole batch
+    assert random_shift(images, 0, torch.Generator()) is images

@@ -1,0 +1,197 @@
+"""Supervised fine-tuning: it learns the demonstrations, resumes exactly, and leaves a version that can be served."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from bridge.backends import make_backend
+from bridge.config import BackendConfig
+from runtime.index import EpisodeIndex
+from runtime.policy import Policy
+from runtime.reading import read_episode
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer.config import DemosConfig, SFTConfig, TrainerConfig, VLAConfig
+from trainer.demos import collect_demos, demo_rows
+from trainer.samples import cloning_samples
+from trainer.sft import SFTError, cloning_error, learning_rate, run_sft
+
+SPEC = make_backend(BackendConfig("point", {"size_px": 16})).spec
+CONFIG = TrainerConfig(
+    demos=DemosConfig(per_task=32),
+    vla=VLAConfig(horizon_steps=4, channels=(8, 16), width=64, text_width=16, max_tokens=16, vocabulary=300),
+    sft=SFTConfig(steps=260, batch=48, lr=5e-3, shift_px=1),
+)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("demos")
+    backend = make_backend(BackendConfig("point", {"size_px": 16}))
+    collect_demos(backend, directory, DemosConfig(per_task=40), (), 60, lambda done, total: None)
+    return directory
+
+
+def new_run(path: Path, demos: Path) -> RunDir:
+    path.mkdir()
+    (path / "demos").symlink_to(demos)
+    return RunDir(path)
+
+
+def train(run: RunDir, config: TrainerConfig = CONFIG, stop_at: int | None = None) -> str | None:
+    at = 0
+
+    def progress(step: int, steps: int) -> None:
+        nonlocal at
+        assert at < step <= steps == config.sft.steps
+        at = step
+
+    return run_sft(run, SPEC, config, 0, progress, lambda: at == stop_at)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, demos: Path) -> tuple[RunDir, str]:
+    run = new_run(tmp_path_factory.mktemp("sft") / "point", demos)
+    version = train(run)
+    assert version is not None
+    return run, version
+
+
+def weights(run: RunDir, version: str) -> dict[str, np.ndarray]:
+    return load_file(run.policies / version / "weights.safetensors")
+
+
+def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tuple[RunDir, str], demos: Path) -> None:
+    run, version = finished
+    rows = Registry(run.registry).list()
+    assert [(row.version, row.number, row.live, row.parent) for row in rows] == [(version, 1, True, "")]
+    made = rows[0].made
+    assert (made["command"], made["demonstrations"], made["seed"]) == ("sft", {"reach": 32}, 0)
+    assert made["libraries"]["numpy"] == np.__version__
+    policy = Policy.load(run.policies / version)
+    assert (
+        policy.spec.made == made and policy.spec.cameras == SPEC.cameras and policy.spec.control_hz == SPEC.control_hz
+    )
+    assert all(array.dtype != np.float16 for array in weights(run, version).values())
+    # Demonstrations that it did not see: 32 were used, 40 are in the log.
+    index = EpisodeIndex(demos)
+    unseen = demo_rows(index, "reach", DemosConfig(per_task=40))[32:]
+    errors, spread = [], []
+    for row in unseen:
+        samples = cloning_samples(read_episode(index.path(row)), 4, policy.tokens("move the dot to the square"))
+        mean, log_std = policy.infer(
+            {"image/top": samples.images["top"], "state": samples.state, "tokens": samples.tokens}
+        )
+        executed = samples.mask[..., None] > 0
+        errors.append(((mean - samples.target) ** 2 * executed).mean())
+        spread.append((samples.target**2 * executed).mean())
+        np.testing.assert_allclose(log_std, np.log(CONFIG.vla.sigma), atol=1e-6)
+    assert np.mean(errors) < 0.7 * np.mean(spread)
+
+
+def test_metrics_and_the_last_checkpoint(finished: tuple[RunDir, str]) -> None:
+    run, _ = finished
+    lines = [json.loads(line) for line in (run.sft / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(25, 251, 25), 260]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["loss"] == Registry(run.registry).list()[0].made["loss"]
+    assert [path.name for path in run.sft.glob("checkpoint-*")] == ["checkpoint-00000260"]
+
+
+def test_a_stopped_training_ends_with_the_same_weights(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    run = new_run(tmp_path / "point", demos)
+    assert train(run, stop_at=60) is None and Registry(run.registry).live() is None
+    with (run.sft / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 75, "loss": 9}\n{"st')  # what a kill after the checkpoint may leave
+    version = train(run)
+    expected = weights(*finished)
+    assert version is not None
+    for name, array in weights(run, version).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    for key in ("step", "loss", "lr"):
+        assert [json.loads(line)[key] for line in (run.sft / "metrics.jsonl").read_text().splitlines()] == [
+            json.loads(line)[key] for line in (finished[0].sft / "metrics.jsonl").read_text().splitlines()
+        ]
+    assert version == finished[1]  # so the bundle is the same too, its `made` included
+    assert train(run) == version
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import msgspec
+import trainer.sft as sft
+from bridge.backends import make_backend
+from bridge.config import BackendConfig
+from runtime.rundir import RunDir
+from trainer.config import TrainerConfig
+
+sft.CHECKPOINT_EVERY_S = 0.0
+spec = make_backend(BackendConfig("point", {"size_px": 16})).spec
+
+def progress(step, steps):
+    if step == 40:
+        print("here", flush=True)
+        time.sleep(60)
+
+config = msgspec.json.decode(sys.argv[2], type=TrainerConfig)
+sft.run_sft(RunDir(Path(sys.argv[1])), spec, config, 0, progress)
+"""
+
+
+def test_a_killed_training_ends_with_the_same_weights(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    run = new_run(tmp_path / "point", demos)
+    command = [sys.executable, "-c", SCRIPT, str(run.path), msgspec.json.encode(CONFIG).decode()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+    assert len(list(run.sft.glob("checkpoint-*"))) >= 1
+    assert train(run) == finished[1]
+
+
+def test_other_settings_start_anew(tmp_path: Path, demos: Path) -> None:
+    run = new_run(tmp_path / "point", demos)
+    short = msgspec.structs.replace(CONFIG, sft=msgspec.structs.replace(CONFIG.sft, steps=30))
+    assert train(run, short) is not None
+    other = msgspec.structs.replace(CONFIG, sft=msgspec.structs.replace(CONFIG.sft, steps=26))
+    version = train(run, other)
+    assert Registry(run.registry).live() == version
+    assert [json.loads(line)["step"] for line in (run.sft / "metrics.jsonl").read_text().splitlines()] == [25, 26]
+
+
+def test_a_run_without_demonstrations_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SFTError, match="no demonstration of 'reach'; run `fieldtune demos` first"):
+        train(RunDir(tmp_path))
+
+
+def test_cloning_error_counts_executed_actions_only_in_half_ranges() -> None:
+    mean = torch.zeros(2, 2, 2, requires_grad=True)
+    target = torch.tensor([[[1.0, 2.0], [50.0, 50.0]], [[0.0, 4.0], [1.0, 0.0]]])
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    # In units of half the range (1 and 2): (1, 1), (0, 2), (1, 0); means of squares 1, 2, 0.5.
+    loss = cloning_error(mean, target, mask, torch.tensor([1.0, 2.0]))
+    assert loss.item() == pytest.approx(3.5 / 3)
+    (gradient,) = torch.autograd.grad(loss, mean)
+    assert gradient[0, 1].tolist() == [0.0, 0.0] and gradient[0, 0].abs().min() > 0
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    config = SFTConfig(steps=200, lr=1e-3)
+    rates = [learning_rate(step, config) for step in range(200)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) in (9, 10) and rates[-1] < 1e-6
+    assert rates[105] == pytest.approx(5e-4)
+    assert learning_rate(0, SFTConfig(steps=1)) > 0

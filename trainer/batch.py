@@ -1,0 +1,219 @@
+"""The on-policy batch: the decisions of whole exploring episodes, one row each, with their rewards.
+
+Rewards are computed here from how the episode ended and how many actions ran, not taken from the backend: every step
+costs `step_cost`, the step that succeeds earns `success_reward`. Only what was executed counts: a chunk cut short after
+k actions has a reward over k steps, a discount gamma^k, and the log-prob of its first k actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bridge.backend import Observation
+from bridge.errors import FieldtuneError
+from runtime.bundle import PolicySpec
+from runtime.episode import Decision, Episode
+from trainer.config import PPOConfig
+
+Float64 = NDArray[np.float64]
+
+
+class BatchError(FieldtuneError):
+    """An episode that cannot be learned from; the message names it and says why."""
+
+
+@dataclass(slots=True)
+class Observations:
+    """N observations as tensors: what the policy sees, and what only the critic sees.
+
+    `images` uint8 `[N, H, W, 3]` by camera, `state` float32 `[N, n]`, `tokens` int64 `[N, L]`, `task` int64 `[N]` (its
+    index), `privileged` float32 `[N, m]` or None where the backend has none.
+    """
+
+    images: dict[str, Tensor]
+    state: Tensor
+    tokens: Tensor
+    task: Tensor
+    privileged: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def rows(self, index: Tensor) -> Observations:
+        """The rows `index` int64 `[M]`, copied."""
+        return Observations(
+            images={name: images.index_select(0, index) for name, images in self.images.items()},
+            state=self.state.index_select(0, index),
+            tokens=self.tokens.index_select(0, index),
+            task=self.task.index_select(0, index),
+            privileged=None if self.privileged is None else self.privileged.index_select(0, index),
+        )
+
+
+@dataclass(slots=True)
+class Batch:
+    """N decisions of E episodes: episodes one after another, the decisions of each in order of time."""
+
+    observations: Observations
+    """What each decision saw, `[N]` rows."""
+    finals: Observations
+    """The last observation of each episode, `[E]` rows; a truncated return bootstraps from it."""
+    actions: Tensor
+    """float32 `[N, h, d]`: the chunk as sampled."""
+    executed: Tensor
+    """float32 `[N, h]`: 1 for the first k actions, which were executed, 0 for the rest."""
+    log_prob: Tensor
+    """float32 `[N]`: log-prob of the executed actions under the behaviour policy, as the runtime logged it."""
+    reward: Float64
+    """`[N]`: R = sum_{i<k} gamma^i r_{t+i}."""
+    discount: Float64
+    """`[N]`: gamma^k."""
+    terminated: NDArray[np.bool_]
+    """`[N]`: the episode ended with this decision in success or failure, so nothing comes after it."""
+    last: NDArray[np.bool_]
+    """`[N]`: last decision of its episode."""
+    episode: NDArray[np.int64]
+    """`[N]`: index of the episode, a row of `finals`."""
+    version: NDArray[np.int64]
+    """`[N]`: index of the behaviour policy in `versions`."""
+    versions: tuple[str, ...]
+    age: NDArray[np.int64]
+    """`[N]`: how many versions older than the newest the behaviour policy is."""
+    fresh: NDArray[np.bool_]
+    """`[N]`: young enough to learn from. The others are here because the advantages of an episode need all of it."""
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+
+def build_batch(
+    episodes: Sequence[Episode],
+    spec: PolicySpec,
+    tasks: Sequence[str],
+    config: PPOConfig,
+    *,
+    tokens: Callable[[str], NDArray[np.int64]],
+    age: Callable[[str], int],
+    max_age: int,
+) -> Batch:
+    """The batch of these episodes, which must have ended (not aborted) and have been sampled, not the mean.
+
+    `tokens` encodes an instruction as `[L]`, `age` says how many versions a policy is behind the newest; decisions
+    older than `max_age` are marked as not fresh. Raises `BatchError` for an episode that is not of that kind.
+    """
+    decisions: list[Decision] = []
+    observations: list[tuple[Observation, Episode]] = []
+    finals: list[tuple[Observation, Episode]] = []
+    terminated: list[bool] = []
+    success: list[bool] = []
+    last: list[bool] = []
+    index: list[int] = []
+    for episode in episodes:
+        executed = _executed_decisions(episode, spec)
+        assert episode.final is not None
+        for decision in executed:
+            is_last = decision is executed[-1]
+            decisions.append(decision)
+            observations.append((decision.observation, episode))
+            last.append(is_last)
+            terminated.append(is_last and episode.status in ("success", "failure"))
+            success.append(is_last and episode.status == "success")
+            index.append(len(finals))
+        finals.append((episode.final, episode))
+    if not decisions:
+        raise BatchError("there are no decisions to learn from")
+    k = np.array([len(decision.sent) for decision in decisions], np.int64)
+    executed_mask = (np.arange(spec.horizon) < k[:, None]).astype(np.float32)
+    log_prob = np.stack([_logged(decision) for decision in decisions])
+    versions = tuple(dict.fromkeys(decision.version for decision in decisions))
+    ages = {version: age(version) for version in versions}
+    age_of = np.array([ages[decision.version] for decision in decisions], np.int64)
+    return Batch(
+        observations=_stack(observations, spec, tasks, tokens),
+        finals=_stack(finals, spec, tasks, tokens),
+        actions=torch.from_numpy(np.stack([decision.actions for decision in decisions]).astype(np.float32)),
+        executed=torch.from_numpy(executed_mask),
+        log_prob=torch.from_numpy(np.where(executed_mask > 0, log_prob, 0.0).sum(axis=1).astype(np.float32)),
+        reward=chunk_reward(k, np.array(success), config),
+        discount=np.power(config.gamma, k.astype(np.float64)),
+        terminated=np.array(terminated),
+        last=np.array(last),
+        episode=np.array(index, np.int64),
+        version=np.array([versions.index(decision.version) for decision in decisions], np.int64),
+        versions=versions,
+        age=age_of,
+        fresh=age_of <= max_age,
+    )
+
+
+def chunk_reward(k: NDArray[np.int64], success: NDArray[np.bool_], config: PPOConfig) -> Float64:
+    """R = sum_{i<k} gamma^i r_i of chunks with `k` `[N]` executed actions, the last of which succeeded or not.
+
+    r_i is -step_cost, and success_reward - step_cost in the step that succeeds.
+    """
+    powers = np.power(config.gamma, np.arange(int(k.max(initial=0)) + 1, dtype=np.float64))
+    steps_discounted = np.concatenate([[0.0], np.cumsum(powers)])[k]
+    earned: Float64 = np.where(success, config.success_reward * powers[np.maximum(k - 1, 0)], 0.0)
+    return earned - config.step_cost * steps_discounted
+
+
+def _executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:
+    """The decisions that ran at least one action; raises `BatchError` unless they cover the episode without a gap."""
+    name = f"episode {episode.start.episode}"
+    if episode.status == "aborted" or episode.final is None:
+        raise BatchError(f"{name} was aborted, so its return is not known")
+    # A chunk that was overtaken before its first action ran decided nothing; the next one decided in its stead.
+    decisions = [decision for decision in episode.decisions if len(decision.sent)]
+    if not decisions:
+        raise BatchError(f"{name} has no executed action")
+    step = 0
+    shape = (spec.horizon, len(spec.action.names))
+    for decision in decisions:
+        if decision.actions.shape != shape:
+            raise BatchError(f"{name}: a chunk is {list(decision.actions.shape)}, the policy gives {list(shape)}")
+        if decision.log_prob is None:
+            raise BatchError(f"{name}: a decision has no log-prob; PPO learns from sampled chunks only")
+        if decision.step != step or len(decision.sent) > spec.horizon:
+            raise BatchError(
+                f"{name}: {len(decision.sent)} actions of a decision at step {decision.step}, expected a decision at "
+                f"step {step} with at most {spec.horizon}"
+            )
+        step += len(decision.sent)
+    return decisions
+
+
+def _logged(decision: Decision) -> Float64:
+    assert decision.log_prob is not None
+    return decision.log_prob.astype(np.float64)
+
+
+def _stack(
+    pairs: Sequence[tuple[Observation, Episode]],
+    spec: PolicySpec,
+    tasks: Sequence[str],
+    tokens: Callable[[str], NDArray[np.int64]],
+) -> Observations:
+    """Observations of episodes as tensors, each image copied once."""
+    n = len(pairs)
+    images = {}
+    for camera in spec.cameras:
+        stacked = np.empty((n, camera.height, camera.width, 3), np.uint8)
+        for i, (observation, _) in enumerate(pairs):
+            stacked[i] = observation.images[camera.name]
+        images[camera.name] = torch.from_numpy(stacked)
+    privileged = [observation.privileged for observation, _ in pairs if observation.privileged is not None]
+    rows = {instruction: tokens(instruction) for instruction in {episode.start.instruction for _, episode in pairs}}
+    number = {task: i for i, task in enumerate(tasks)}
+    return Observations(
+        images=images,
+        state=torch.from_numpy(np.stack([observation.state for observation, _ in pairs]).astype(np.float32)),
+        tokens=torch.from_numpy(np.stack([rows[episode.start.instruction] for _, episode in pairs])),
+        task=torch.tensor([number[episode.start.task] for _, episode in pairs], dtype=torch.int64),
+        privileged=torch.from_numpy(np.stack(privileged).astype(np.float32)) if len(privileged) == n else None,
+    )

@@ -1,0 +1,275 @@
+"""Action-chunked PPO with self behaviour cloning: advantages, losses and one update of the policy.
+
+A decision at observation o samples a chunk of h actions, of which k are executed; then o' is seen. With gamma the
+discount of one step,
+
+    R     = sum_{i<k} gamma^i r_{t+i}                                   reward of the decision      (trainer/batch.py)
+    delta = R + gamma^k V(o') (1 - terminated) - V(o)
+    A     = delta + gamma^k lambda A'                                   GAE over decisions
+    rho   = exp(sum_{i<k} log pi(a_i | o) - sum_{i<k} log mu(a_i | o))  mu: the policy that acted
+    L_ppo = -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+    L_sbc = -log pi(a_i | o), mean over the executed actions a_i of the demonstration buffer
+    total = w L_ppo + (1 - w) c L_sbc                                   w by task                   (trainer/weight.py)
+
+Only executed actions enter rho, so the update stays exact where success, a time-out or a newer chunk cut a chunk short.
+A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
+1707.06347; GAE, 1506.02438; action chunks and the two losses together, 2509.25718.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainer.batch import Batch, Float64
+from trainer.buffer import DemoBuffer
+from trainer.config import PPOConfig
+from trainer.samples import random_shift
+from trainer.vla import VLA, log_prob
+
+CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
+PRECISION_SAMPLE = 128
+# bfloat16 halves the time of a gradient step, but rounds log rho: by 0.08 (standard deviation) for a chunk of 8 x 4
+# numbers at sigma 0.2, and in proportion to 1 / sigma. Up to this share of the clipping range it only blurs where
+# clipping begins.
+PRECISION_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one update did. Losses, KL and clip fraction are means over its last pass."""
+
+    policy_loss: float
+    cloning_loss: float
+    kl: float
+    """KL(mu || pi), estimated as mean(rho - 1 - log rho), which is unbiased and never negative."""
+    clip_fraction: float
+    """Share of decisions whose ratio was outside the clipping range."""
+    grad_norm: float
+    """Mean length of the gradient before it was clipped."""
+    gradient_steps: int
+    kl_stop: bool
+    """Whether the target KL ended the update before its last pass."""
+    bfloat16: bool
+    """Whether the forward passes were made in bfloat16."""
+
+
+def advantages(
+    reward: Float64,
+    discount: Float64,
+    terminated: NDArray[np.bool_],
+    last: NDArray[np.bool_],
+    value: Float64,
+    next_value: Float64,
+    lam: float,
+) -> Float64:
+    """GAE over decisions, all arguments and the result `[N]`; `last` marks where an episode ends.
+
+    With k = h = 1 this is the ordinary estimator over steps; with lam = 1 it is the discounted return minus V(o).
+    """
+    delta = reward + discount * next_value * ~terminated - value
+    advantage = np.zeros_like(delta)
+    following = 0.0
+    for i in range(len(delta) - 1, -1, -1):
+        if last[i]:
+            following = 0.0
+        following = delta[i] + discount[i] * lam * following
+        advantage[i] = following
+    return advantage
+
+
+def next_values(value: Float64, final_value: Float64, last: NDArray[np.bool_], episode: NDArray[np.int64]) -> Float64:
+    """V(o') `[N]`: V of the next decision, or of the last observation of the episode (`final_value` `[E]`)."""
+    following: Float64 = np.append(value[1:], 0.0)
+    return np.where(last, final_value[episode], following)
+
+
+def normalise_by_task(advantage: Float64, task: NDArray[np.int64], used: NDArray[np.bool_]) -> Float64:
+    """Advantages `[N]` with mean 0 and standard deviation 1 over the `used` decisions of each task; 0 elsewhere.
+
+    By task, so that a task with long episodes or large returns does not drown the others.
+    """
+    normalised = np.zeros_like(advantage)
+    for number in np.unique(task[used]):
+        rows = used & (task == number)
+        centred = advantage[rows] - advantage[rows].mean()
+        std = float(centred.std())
+        # A task whose decisions are all equally good has nothing to say; scaling its rounding errors up would.
+        normalised[rows] = centred / std if std > 1e-6 else 0.0
+    return normalised
+
+
+def executed_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor, executed: Tensor) -> Tensor:
+    """sum_{i<k} log pi(a_i | o) `[B]`; actions, mean, log_std `[B, h, d]`, `executed` `[B, h]` is 1 for i < k.
+
+    What was never executed is cut out before the sum, so it gets no gradient.
+    """
+    by_action = log_prob(actions, mean, log_std)
+    return torch.where(executed > 0, by_action, torch.zeros_like(by_action)).sum(dim=1)
+
+
+def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """L_ppo of each decision `[B]`, from log rho `[B]` and A `[B]`."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def cloning_loss(target: Tensor, mean: Tensor, log_std: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Mean over the actions with mask 1 of `scale` x L_sbc, a scalar; target, mean, log_std `[B, h, d]`, mask `[B, h]`,
+    `scale` `[B]`.
+
+    It moves the mean only: cloning would otherwise shrink sigma, and with it what PPO can explore.
+    """
+    by_action = -log_prob(target, mean, log_std.detach())
+    wanted = torch.where(mask > 0, by_action * scale[:, None], torch.zeros_like(by_action))
+    return wanted.sum() / mask.sum().clamp(min=1.0)
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """Estimate of KL(mu || pi) `[B]` from actions of mu: rho - 1 - log rho."""
+    return log_ratio.exp() - 1 - log_ratio
+
+
+@dataclass(slots=True)
+class _Pass:
+    """Sums over the gradient steps of one pass."""
+
+    policy_loss: float = 0.0
+    cloning_loss: float = 0.0
+    kl: float = 0.0
+    clip_fraction: float = 0.0
+    count: int = 0
+
+    def add(self, policy_loss: Tensor, cloning: Tensor, kl: float, clip_fraction: Tensor) -> None:
+        self.policy_loss += float(policy_loss.detach())
+        self.cloning_loss += float(cloning.detach())
+        self.kl += kl
+        self.clip_fraction += float(clip_fraction.detach())
+        self.count += 1
+
+
+def update(
+    vla: VLA,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    advantage: Float64,
+    buffer: DemoBuffer,
+    weight: NDArray[np.float32],
+    config: PPOConfig,
+    *,
+    cloning_scale: float,
+    shift_px: int,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    stopped: Callable[[], bool],
+) -> Update | None:
+    """One update of the policy on the fresh decisions of a batch: `config.epochs` passes, or fewer if the KL to the
+    behaviour policy passes `config.target_kl`. None, with the policy half changed, if `stopped` came first.
+
+    `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
+    buffer are shifted by up to `shift_px`, as in supervised fine-tuning.
+    """
+    task = batch.observations.task
+    normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.fresh).astype(np.float32))
+    w = torch.from_numpy(weight)
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    clone = cloning_scale > 0 and buffer.episodes > 0
+    reduced = reduced_precision(vla, batch, config.clip)
+    zero = torch.zeros(())
+    grad_norm, gradient_steps, kl_stop = 0.0, 0, False
+    sums = _Pass()
+    for _ in range(config.epochs):
+        sums = _Pass()
+        for rows in _minibatches(batch.fresh, config.minibatch, rng):
+            if stopped():
+                return None
+            seen = batch.observations.rows(rows)
+            mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
+            executed = batch.executed.index_select(0, rows)
+            new = executed_log_prob(batch.actions.index_select(0, rows), mean, log_std, executed)
+            log_ratio = new - batch.log_prob.index_select(0, rows)
+            by_decision = ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
+            kl = float(approximate_kl(log_ratio.detach()).mean())
+            cloned = zero
+            if clone:
+                count = max(1, round(len(rows) * CLONING_SHARE))
+                cloned = _buffer_loss(vla, buffer, 1 - w, count, shift_px, rng, generator, reduced)
+            outside = (log_ratio.detach().exp() - 1).abs() > config.clip
+            sums.add(by_decision.mean(), cloned, kl, outside.float().mean())
+            kl_stop = kl > config.target_kl
+            if kl_stop:
+                break
+            total = (w[seen.task] * by_decision).mean() + cloning_scale * cloned
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(total)
+            grad_norm += float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+            optimiser.step()
+            gradient_steps += 1
+        if kl_stop:
+            break
+    return Update(
+        policy_loss=sums.policy_loss / max(1, sums.count),
+        cloning_loss=sums.cloning_loss / max(1, sums.count),
+        kl=sums.kl / max(1, sums.count),
+        clip_fraction=sums.clip_fraction / max(1, sums.count),
+        grad_norm=grad_norm / max(1, gradient_steps),
+        gradient_steps=gradient_steps,
+        kl_stop=kl_stop,
+        bfloat16=reduced,
+    )
+
+
+def reduced_precision(vla: VLA, batch: Batch, clip: float) -> bool:
+    """Whether the forward passes may be made in bfloat16: the processor has it, and it hardly moves the ratios."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    rows = torch.from_numpy(np.flatnonzero(batch.fresh)[:PRECISION_SAMPLE])
+    seen = batch.observations.rows(rows)
+    actions, executed = batch.actions.index_select(0, rows), batch.executed.index_select(0, rows)
+    with torch.no_grad():
+        exact, rounded = (
+            executed_log_prob(actions, *_forward(vla, seen.images, seen.state, seen.tokens, reduced), executed)
+            for reduced in (False, True)
+        )
+    return float((rounded - exact).square().mean().sqrt()) <= PRECISION_SHARE * clip
+
+
+def _buffer_loss(
+    vla: VLA,
+    buffer: DemoBuffer,
+    scale_by_task: Tensor,
+    count: int,
+    shift_px: int,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+    reduced: bool,
+) -> Tensor:
+    """(1 - w) L_sbc over `count` samples of the buffer."""
+    samples, task = buffer.sample(count, rng)
+    images = {
+        name: random_shift(torch.from_numpy(pixels), shift_px, generator) for name, pixels in samples.images.items()
+    }
+    mean, log_std = _forward(vla, images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), reduced)
+    scale = scale_by_task[torch.from_numpy(task)]
+    return cloning_loss(torch.from_numpy(samples.target), mean, log_std, torch.from_numpy(samples.mask), scale)
+
+
+def _forward(
+    vla: VLA, images: dict[str, Tensor], state: Tensor, tokens: Tensor, reduced: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and log standard deviation in float32; the layers run in bfloat16 if `reduced`, the densities never do."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+        mean, log_std = vla(images, state, tokens)
+    return mean.float(), log_std.float()
+
+
+def _minibatches(fresh: NDArray[np.bool_], size: int, rng: np.random.Generator) -> Iterator[Tensor]:
+    """The fresh decisions in random order, in parts of about `size`, none of them a small rest."""
+    order = rng.permutation(np.flatnonzero(fresh))
+    for part in np.array_split(order, max(1, round(len(order) / size))):
+        yield torch.from_numpy(part)

@@ -1,0 +1,433 @@
+"""The loop: pull episodes, check, learn, publish, announce; for as long as the robot works, through any crash.
+
+The trainer never stands in the robot's way. It reads finished episodes from the log while new ones arrive; those that
+come in during an update are learned from in the next one, a version late. An iteration ends in this order:
+
+    bundle on disk -> registry -> metrics line -> checkpoint -> announce
+
+The checkpoint decides. Before it, a crash leaves a bundle that nothing refers to, and the iteration is done again from
+the old cursor; after it, the episodes are taken and the announcement is made up for at the next start. So no episode is
+learned from twice and none is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from bridge.backend import BackendSpec
+from bridge.errors import FieldtuneError
+from runtime.bundle import read_bundle
+from runtime.episode import Episode
+from runtime.index import EpisodeRow
+from runtime.policy import encode
+from runtime.reading import EpisodeError, read_episode
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer import metrics
+from trainer.batch import Batch, build_batch
+from trainer.buffer import DemoBuffer
+from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
+from trainer.chunked_ppo import Update, advantages, next_values, update
+from trainer.config import TrainerConfig
+from trainer.critic import Critic, explained_variance, fit, values
+from trainer.experience import Experience
+from trainer.export import Exporter, load_weights
+from trainer.ratio import Behaviours, check_ratio
+from trainer.vla import VLA
+from trainer.weight import Weight, WeightSchedule
+
+POLL_S = 0.2
+STILL_WAITING_S = 60.0
+PULL_ROWS = 1000
+# More than this many times the wanted episodes are not learned from at once: updates that take longer than collecting
+# their episodes would otherwise grow without end.
+LARGEST_BATCH = 2
+
+
+class TrainingError(FieldtuneError):
+    """Training cannot start; the message says what is missing."""
+
+
+def train(
+    run: RunDir,
+    spec: BackendSpec,
+    config: TrainerConfig,
+    seed: int,
+    *,
+    announce: Callable[[Path], None],
+    stop: threading.Event,
+    report: Callable[[dict[str, Any]], None],
+    warn: Callable[[str], None],
+) -> str:
+    """Train until `config.stop` or `stop`; returns the last version.
+
+    Goes on from the checkpoint in `run.trainer`, or from the registry's live version if there is none. `announce` makes
+    the runtime serve a bundle and raises if it does not; `report` gets each line of the metrics; `warn` is told of what
+    a person should know. Raises `TrainingError`, `CheckpointError`, `BundleError`, `RatioError`.
+    """
+    torch.set_num_threads(config.threads)
+    trainer = ContinualTrainer(run, spec, config, seed, announce=announce, stop=stop, warn=warn)
+    while not trainer.finished():
+        rows = trainer.collect()
+        if rows is None:
+            trainer.save()
+            break
+        line = trainer.iterate(rows)
+        if line is None:
+            break  # stopped half-way: the iteration is done again after a restart
+        report(line)
+    return trainer.version
+
+
+class ContinualTrainer:
+    """The state of training and one method for each part of an iteration: `collect`, then `iterate`."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        spec: BackendSpec,
+        config: TrainerConfig,
+        seed: int,
+        *,
+        announce: Callable[[Path], None],
+        stop: threading.Event,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
+        self._run, self._config = run, config
+        self._announce, self._stop, self._warn = announce, stop, warn
+        self._tasks = config.tasks or tuple(spec.instructions)
+        self._registry = Registry(run.registry)
+        self._checkpoint_path = run.trainer / "checkpoint.pt"
+        self._rng = np.random.default_rng(seed)
+        self._generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+
+        checkpoint = load_checkpoint(self._checkpoint_path)
+        start = checkpoint.state.version if checkpoint else self._registry.live()
+        if start is None:
+            raise TrainingError(f"{run.registry} has no live version to start from; run `fieldtune sft` first")
+        bundle = read_bundle(run.policies / start)
+        self._vla = VLA(config.vla, bundle.spec)
+        load_weights(self._vla, bundle)
+        self._exporter = Exporter.of_bundle(self._vla, bundle)
+        self._tokens = partial(encode, Tokenizer.from_str(bundle.tokenizer), max_tokens=bundle.spec.tokens)
+        self._experience = Experience(run, bundle.spec.horizon, self._tokens)
+        self._index = self._experience.own
+        self._critic = Critic(bundle.spec, len(spec.privileged.names) if spec.privileged else 0, len(self._tasks))
+        self._actor_optimiser = self._new_actor_optimiser()
+        self._critic_optimiser = torch.optim.Adam(self._critic.parameters(), lr=config.ppo.critic_lr)
+        self._behaviours = Behaviours(run.policies, self._vla, config.max_staleness_versions + 2)
+        self._buffer = DemoBuffer(config.buffer, self._tasks)
+        self._weight = WeightSchedule(config.weight, config.ppo.target_kl, self._tasks)
+        self._state = TrainerState(
+            iteration=0,
+            version=start,
+            cursor=0,
+            env_steps=0,
+            elapsed_s=0.0,
+            after_warmup=0,
+            buffer={},
+            weight={},
+            rng="",
+        )
+        if checkpoint:
+            self._restore(checkpoint)
+        elif not self._experience.seed(self._buffer, self._tasks, config.demos):
+            warn(f"{run.demos} has no demonstrations: the buffer starts empty")
+        self._behaviours.remember(self.version, self._vla)
+        self._collect_wait_s = 0.0
+        self._started_s = time.monotonic()
+        metrics.cut(run.metrics, self._state.iteration)
+        self._follow_live()
+
+    @property
+    def version(self) -> str:
+        """The version of the weights that the trainer now has."""
+        return self._state.version
+
+    def finished(self) -> bool:
+        """Whether a limit of `config.stop` is reached, or a stop was asked for."""
+        limits, state = self._config.stop, self._state
+        return (
+            self._stop.is_set()
+            or (limits.minutes is not None and self._elapsed_s() >= limits.minutes * 60)
+            or (limits.env_steps is not None and state.env_steps >= limits.env_steps)
+            or (limits.iterations is not None and state.iteration >= limits.iterations)
+        )
+
+    @property
+    def buffer(self) -> DemoBuffer:
+        """The demonstration buffer."""
+        return self._buffer
+
+    # --- collecting ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> list[EpisodeRow] | None:
+        """Wait for enough exploring episodes: all rows since the cursor, or None when training is `finished`."""
+        wanted = self._config.episodes_per_iteration * len(self._tasks)
+        rows: list[EpisodeRow] = []
+        newest, ready = self._state.cursor, 0
+        began_s = news_s = time.monotonic()
+        while not self.finished():
+            new = self._index.after(newest, PULL_ROWS)
+            if new:
+                self._behaviours.set_history(self._live_history())
+                rows += new
+                newest = new[-1].seq
+                ready += sum(self._is_fresh(row) for row in new)
+                news_s = time.monotonic()
+            if len(new) == PULL_ROWS:
+                continue
+            if ready >= wanted:
+                # An operator may have gone back to another version: then everything is older than it was.
+                self._follow_live()
+                ready = sum(self._is_fresh(row) for row in rows)
+            if ready >= wanted:
+                self._collect_wait_s = time.monotonic() - began_s
+                return rows
+            if time.monotonic() - news_s > STILL_WAITING_S:
+                self._warn(f"waiting for episodes: {ready} of {wanted}, none in the last {STILL_WAITING_S:g} s")
+                news_s = time.monotonic()
+            self._stop.wait(POLL_S)
+        return None
+
+    def _is_exploring(self, row: EpisodeRow) -> bool:
+        if row.deleted or row.status == "aborted":
+            return False
+        return row.explore and row.source == "policy" and row.task in self._tasks
+
+    def _is_fresh(self, row: EpisodeRow) -> bool:
+        """Whether PPO can learn from some of its decisions."""
+        limit = self._config.max_staleness_versions
+        return self._is_exploring(row) and any(self._behaviours.age(version) <= limit for version in row.versions)
+
+    # --- one iteration ------------------------------------------------------------------------------------------------
+
+    def iterate(self, rows: list[EpisodeRow]) -> dict[str, Any] | None:
+        """Learn from these rows, publish and announce; returns the metrics line, None if a stop came in between."""
+        began_s = time.monotonic()
+        episodes, counts = self._take(rows)
+        if not episodes:
+            raise TrainingError("none of the episodes collected could be read; see the warnings above")
+        batch = build_batch(
+            episodes,
+            self._vla.spec,
+            self._tasks,
+            self._config.ppo,
+            tokens=self._tokens,
+            age=self._behaviours.age,
+            max_age=self._config.max_staleness_versions,
+        )
+        ratio_error = check_ratio(batch, self._behaviours, self._rng)
+        warming_up = self._state.iteration < self._config.ppo.critic_warmup_iterations
+        advantage, value_loss, variance = self._learn_value(batch, warming_up)
+        weight = self._weight.weight(0 if warming_up else self._state.after_warmup + 1)
+        result = None if warming_up else self._learn_policy(batch, advantage, weight)
+        if self._stop.is_set() and (warming_up or result is None):
+            return None
+        self._state.iteration += 1
+        self._state.cursor = rows[-1].seq
+        self._state.env_steps += sum(episode.steps for episode in episodes)
+        if result is not None:
+            self._state.after_warmup += 1
+            self._weight.add_kl(result.kl)
+            self._publish(rows)
+        line = {
+            "iteration": self._state.iteration,
+            "unix_s": time.time(),
+            "minutes": self._elapsed_s() / 60,
+            "env_steps": self._state.env_steps,
+            "version": self.version,
+            "warmup": warming_up,
+            **metrics.results(episodes, self._tasks),
+            "buffer_episodes": self._buffer.episodes,
+            "buffer_steps": self._buffer.mean_steps,
+            "weight": weight.mean,
+            "weight_by_task": weight.by_task,
+            "weight_inputs": weight.inputs(),
+            **metrics.losses(result),
+            "value_loss": value_loss,
+            "explained_variance": variance,
+            "sigma": self._sigma(),
+            "ratio_error": ratio_error,
+            "staleness_versions": float(batch.age[batch.fresh].mean()),
+            "staleness_versions_max": int(batch.age[batch.fresh].max()),
+            **counts,
+            "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
+            "collect_wait_s": self._collect_wait_s,
+            "learn_s": time.monotonic() - began_s,
+        }
+        metrics.append_line(self._run.metrics, line)
+        self.save()
+        self._index.hold(self._state.cursor, self._buffer.own_episodes())
+        self._follow_live()
+        return line
+
+    def _take(self, rows: list[EpisodeRow]) -> tuple[list[Episode], dict[str, int]]:
+        """Read the episodes, tell buffer and weight of them, and give the newest ones that PPO can learn from."""
+        most = LARGEST_BATCH * self._config.episodes_per_iteration * len(self._tasks)
+        exploring = [row for row in rows if self._is_exploring(row)]
+        learnable = {row.seq for row in [row for row in exploring if self._is_fresh(row)][-most:]}
+        episodes: list[Episode] = []
+        counts = {
+            "aborted": sum(row.status == "aborted" for row in rows),
+            "unreadable": 0,
+            "dropped_stale": sum(row.decisions for row in exploring if row.seq not in learnable),
+        }
+        for row in exploring:
+            try:
+                episode = read_episode(self._index.path(row))
+            except EpisodeError as error:
+                self._warn(f"{error}; it is left out")
+                counts["unreadable"] += 1
+                continue
+            self._weight.add_results(row.task, [episode.success])
+            if episode.success:
+                samples = partial(self._experience.samples, episode)
+                self._buffer.offer(row.task, row.episode, row.steps, row.versions, samples)
+            if row.seq in learnable:
+                episodes.append(episode)
+        return episodes, counts
+
+    def _learn_value(self, batch: Batch, warming_up: bool) -> tuple[NDArray[np.float64], float, float]:
+        """Advantages and explained variance by the value network as it was, then fit it to the lambda-returns."""
+        ppo = self._config.ppo
+        self._critic.set_statistics(batch.observations)
+        value = values(self._critic, batch.observations)
+        following = next_values(value, values(self._critic, batch.finals), batch.last, batch.episode)
+        parts = (batch.reward, batch.discount, batch.terminated, batch.last, value, following)
+        advantage = advantages(*parts, ppo.lam)
+        variance = explained_variance(value, advantages(*parts, 1.0) + value)
+        # On the first batch the network is as it was drawn; what it explains is chance.
+        if self._state.iteration > 0:
+            self._weight.add_explained_variance(variance)
+        loss = fit(
+            self._critic,
+            self._critic_optimiser,
+            batch,
+            advantage + value,
+            epochs=ppo.critic_warmup_epochs if warming_up else ppo.critic_epochs,
+            rng=self._rng,
+            stopped=self._stop.is_set,
+        )
+        return advantage, loss, variance
+
+    def _learn_policy(self, batch: Batch, advantage: NDArray[np.float64], weight: Weight) -> Update | None:
+        return update(
+            self._vla,
+            self._actor_optimiser,
+            batch,
+            advantage,
+            self._buffer,
+            np.array([weight.by_task[task] for task in self._tasks], np.float32),
+            self._config.ppo,
+            cloning_scale=self._config.weight.cloning_scale,
+            shift_px=self._config.sft.shift_px,
+            rng=self._rng,
+            generator=self._generator,
+            stopped=self._stop.is_set,
+        )
+
+    # --- publishing ---------------------------------------------------------------------------------------------------
+
+    def _publish(self, rows: list[EpisodeRow]) -> None:
+        """Write the weights as a bundle and enter it in the registry; it is not live yet."""
+        made = {
+            "command": "train",
+            "iteration": self._state.iteration,
+            "env_steps": self._state.env_steps,
+            "episodes_seq": [rows[0].seq, rows[-1].seq],
+        }
+        version = self._exporter.publish(self._run.policies, parent=self.version, made=made)
+        self._registry.add(version, parent=self.version, made=made)
+        self._behaviours.remember(version, self._vla)
+        self._state.version = version
+
+    def _follow_live(self) -> None:
+        """Make the trainer's version live, or follow an operator who has gone back from it to another.
+
+        A version that never was live is one whose announcement is still to be made (now, or after a crash). One that
+        was live and is no longer has been replaced on purpose: learning goes on from what is live.
+        """
+        history = self._live_history()
+        live = self._registry.live()
+        if self.version not in history:
+            self._announce(self._run.policies / self.version)
+            history = self._live_history()
+        elif live is not None and live != self.version:
+            self._warn(f"version {live[:12]} was made live in place of {self.version[:12]}; going on from it")
+            load_weights(self._vla, read_bundle(self._run.policies / live))
+            self._actor_optimiser = self._new_actor_optimiser()
+            self._behaviours.remember(live, self._vla)
+            self._state.version = live
+        self._behaviours.set_history(history)
+
+    def _live_history(self) -> list[str]:
+        return [change.version for change in self._registry.history()]
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self._state.elapsed_s = self._elapsed_s()
+        self._started_s = time.monotonic()
+        self._state.buffer = self._buffer.state()
+        self._state.weight = self._weight.state()
+        self._state.rng = json.dumps(self._rng.bit_generator.state)
+        checkpoint = Checkpoint(
+            state=self._state,
+            actor=self._vla.state_dict(),
+            actor_optimiser=self._actor_optimiser.state_dict(),
+            critic=self._critic.state_dict(),
+            critic_optimiser=self._critic_optimiser.state_dict(),
+            generator=self._generator.get_state(),
+        )
+        save_checkpoint(self._checkpoint_path, checkpoint)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._state = checkpoint.state
+        try:
+            self._vla.load_state_dict(checkpoint.actor)
+            self._critic.load_state_dict(checkpoint.critic)
+            self._actor_optimiser.load_state_dict(checkpoint.actor_optimiser)
+            self._critic_optimiser.load_state_dict(checkpoint.critic_optimiser)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
+                "cameras or trainer.vla; choose another `name`, or move it away to start again from the live version"
+            ) from error
+        # The learning rates of the configuration count, not those that the checkpoint was made with.
+        for optimiser, lr in (
+            (self._actor_optimiser, self._config.ppo.lr),
+            (self._critic_optimiser, self._config.ppo.critic_lr),
+        ):
+            for group in optimiser.param_groups:
+                group["lr"] = lr
+        self._rng.bit_generator.state = json.loads(self._state.rng)
+        self._generator.set_state(checkpoint.generator)
+        self._weight.restore(self._state.weight)
+        self._buffer.restore(self._state.buffer, self._experience.load)
+
+    def _new_actor_optimiser(self) -> torch.optim.Adam:
+        self._vla.log_sigma.requires_grad_(self._config.ppo.learn_sigma)
+        parameters = [parameter for parameter in self._vla.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(parameters, lr=self._config.ppo.lr, eps=1e-5)
+
+    def _sigma(self) -> float:
+        """Mean standard deviation of the policy, in half ranges of the action."""
+        return float(self._vla.log_sigma.detach().exp().mean())
+
+    def _elapsed_s(self) -> float:
+        return self._state.elapsed_s + time.monotonic() - self._started_s

@@ -1,0 +1,140 @@
+"""The value network. It is separate from the policy, with an optimiser of its own, and never leaves the trainer.
+
+Where the backend offers privileged state (a simulator) it sees that, the proprioception and the task; elsewhere a small
+convolution looks at the images instead of the privileged state. It is an MLP either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.bundle import PolicySpec
+from trainer.batch import Batch, Float64, Observations
+
+WIDTH = 256
+IMAGE_SIDE_PX = 32  # what the image critic works at: where things are, not how they look
+MINIBATCH = 512
+MIN_MINIBATCH = 64
+MAX_GRAD_NORM = 1.0
+
+
+class Critic(nn.Module):
+    """V(o): the expected discounted return from an observation on.
+
+    Inputs are normalised by mean and standard deviation of the first batch (`set_statistics`), kept with the weights.
+    """
+
+    def __init__(self, spec: PolicySpec, privileged: int, tasks: int) -> None:
+        """`privileged` elements of privileged state (0: look at the images of `spec`), `tasks` tasks."""
+        super().__init__()
+        self._privileged = privileged
+        self._tasks = tasks
+        vector = len(spec.state.names) + privileged
+        self.register_buffer("mean", torch.zeros(vector))
+        self.register_buffer("std", torch.ones(vector))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        self.mean: Tensor
+        self.std: Tensor
+        self.ready: Tensor
+        self._cameras = () if privileged else tuple(camera.name for camera in spec.cameras)
+        self.encoders = nn.ModuleList(_encoder() for _ in self._cameras)
+        seen = vector + tasks + len(self.encoders) * 32 * (IMAGE_SIDE_PX // 8) ** 2
+        self.head = nn.Sequential(
+            nn.Linear(seen, WIDTH), nn.ELU(), nn.Linear(WIDTH, WIDTH), nn.ELU(), nn.Linear(WIDTH, 1)
+        )
+
+    def forward(self, observations: Observations) -> Tensor:
+        """Values float32 `[B]`."""
+        vector = (self._vector(observations) - self.mean) / self.std
+        parts = [vector, nn.functional.one_hot(observations.task, self._tasks).float()]
+        for name, encoder in zip(self._cameras, self.encoders, strict=True):
+            pixels = observations.images[name].permute(0, 3, 1, 2).float() / 255.0 - 0.5
+            parts.append(encoder(nn.functional.interpolate(pixels, size=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), mode="area")))
+        values: Tensor = self.head(torch.cat(parts, dim=1))
+        return values.squeeze(1)
+
+    def set_statistics(self, observations: Observations) -> None:
+        """Take mean and standard deviation of the inputs from these observations, the first time only."""
+        if bool(self.ready):
+            return
+        vector = self._vector(observations)
+        self.mean.copy_(vector.mean(dim=0))
+        # An element that never moved says nothing; dividing by its noise would make the first change enormous.
+        std = vector.std(dim=0, unbiased=False)
+        self.std.copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
+        self.ready.fill_(True)
+
+    def _vector(self, observations: Observations) -> Tensor:
+        if not self._privileged:
+            return observations.state
+        assert observations.privileged is not None, "the backend promised privileged state and did not send it"
+        return torch.cat([observations.state, observations.privileged], dim=1)
+
+
+def values(critic: Critic, observations: Observations) -> Float64:
+    """V of every observation, float64 `[N]`, without gradients."""
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(observations)), 2 * MINIBATCH):
+            parts.append(critic(observations.rows(rows)))
+    return torch.cat(parts).double().numpy()
+
+
+def fit(
+    critic: Critic,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    target: Float64,
+    *,
+    epochs: int,
+    rng: np.random.Generator,
+    stopped: Callable[[], bool],
+) -> float:
+    """Regress V towards `target` `[N]` on all decisions of the batch; returns the mean squared error of the last pass.
+
+    Returns early, with NaN, when `stopped`.
+    """
+    goal = torch.from_numpy(target.astype(np.float32))
+    loss_sum = float("nan")
+    for _ in range(epochs):
+        loss_sum = 0.0
+        for rows in _minibatches(len(batch), rng):
+            if stopped():
+                return float("nan")
+            error = critic(batch.observations.rows(rows)) - goal.index_select(0, rows)
+            loss = error.square().mean()
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
+            optimiser.step()
+            loss_sum += float(loss.detach()) * len(rows)
+    return loss_sum / len(batch)
+
+
+def explained_variance(value: Float64, target: Float64) -> float:
+    """1 - Var(target - value) / Var(target): 1 is perfect, 0 no better than a constant; 0 for a constant target."""
+    variance = float(np.var(target))
+    return 1.0 - float(np.var(target - value)) / variance if variance > 1e-12 else 0.0
+
+
+def _minibatches(n: int, rng: np.random.Generator) -> Sequence[Tensor]:
+    """All rows in random order. Small batches are split too, so that a pass over them is more than one step."""
+    size = min(MINIBATCH, max(MIN_MINIBATCH, n // 4))
+    return torch.split(torch.from_numpy(rng.permutation(n)), size)
+
+
+def _encoder() -> nn.Module:
+    """RGB at 32 px -> 32 x 4 x 4 features."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ELU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ELU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.ELU(),
+        nn.Flatten(),
+    )

@@ -1,0 +1,103 @@
+"""The evaluation: one version, mean action, goals never trained on, through a real server and real bridge workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from bridge.endpoint import resolve_endpoint
+from runtime.config import ServeConfig
+from runtime.durable import write_atomic
+from runtime.episodes import EpisodeLog
+from runtime.rundir import RunDir
+from runtime.schedule import FixedList
+from runtime.server import PolicyServer
+from runtime.supervisor import Child
+from runtime.swap import Live
+from trainer.statistics import Evaluation, summarise
+
+
+def evaluate(
+    run: RunDir,
+    version: str,
+    tasks: Sequence[str],
+    *,
+    episodes_per_task: int,
+    first_seed: int,
+    horizon_steps: int,
+    workers: int,
+    worker_command: Callable[[int, str], list[str]],
+    stopped: Callable[[], bool],
+    progress: Callable[[int, int], None],
+    warn: Callable[[str], None],
+) -> Evaluation | None:
+    """Success and steps of `version` on seeds `first_seed`, `first_seed + 1`, ... of each task; None if `stopped`.
+
+    Workers are processes started by `worker_command(index, endpoint)`. Episodes already in the evaluation's log are not
+    run again, so an interrupted evaluation goes on where it stopped. The result is also written to `result.json` there.
+    """
+    directory = run.evaluation(version)
+    plan = [(task, first_seed + i) for i in range(episodes_per_task) for task in tasks]
+    log = EpisodeLog(directory, keep_gb=1e6)
+    try:
+        done = {(row.task, row.seed) for row in log.index.after(0, limit=10**9) if row.status != "aborted"}
+        schedule = FixedList([episode for episode in plan if episode not in done])
+        if not schedule.finished:
+            live = Live(run, threads=1, keep_versions=1, version=version)
+            endpoint = resolve_endpoint("ipc", directory)
+            server = PolicyServer(
+                endpoint, live, log, schedule, explore=False, horizon_steps=horizon_steps, config=ServeConfig()
+            )
+            children = [
+                Child(f"eval-{i}", worker_command(i, endpoint), run.logs / f"eval-{i}.log") for i in range(workers)
+            ]
+            _run(
+                server, children, schedule, lambda: progress(schedule.ended_count + len(done), len(plan)), stopped, warn
+            )
+            if not schedule.finished:
+                return None
+        rows = [row for row in log.index.after(0, limit=10**9) if (row.task, row.seed) in set(plan)]
+    finally:
+        log.close()
+    evaluation = summarise(rows, version=version, horizon_steps=horizon_steps)
+    write_atomic(directory / "result.json", msgspec.json.format(msgspec.json.encode(evaluation)))
+    return evaluation
+
+
+def load_evaluation(run: RunDir, version: str) -> Evaluation | None:
+    """The stored result of an evaluation, if there is one."""
+    path: Path = run.evaluation(version) / "result.json"
+    return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
+
+
+def _run(
+    server: PolicyServer,
+    children: list[Child],
+    schedule: FixedList,
+    progress: Callable[[], None],
+    stopped: Callable[[], bool],
+    warn: Callable[[str], None],
+) -> None:
+    """Serve until all episodes are over; workers that die are started again within their bound."""
+    over = threading.Event()
+    thread = threading.Thread(target=server.run, args=(over.is_set,), name="eval-server")
+    thread.start()
+    try:
+        for child in children:
+            child.start()
+        while not (schedule.finished or stopped() or not thread.is_alive()):
+            for child in children:
+                child.keep_alive(warn)
+            progress()
+            over.wait(0.1)
+        progress()
+    finally:
+        for child in children:
+            child.ask_to_stop()
+        for child in children:
+            child.stop()
+        over.set()
+        thread.join(10.0)

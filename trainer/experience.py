@@ -1,0 +1,64 @@
+"""What a run has to learn from, read from its two episode logs: the demonstrations, and the policy's own episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bridge.errors import FieldtuneError
+from runtime.episode import Episode
+from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
+from runtime.rundir import RunDir
+from trainer.buffer import DemoBuffer, thin
+from trainer.config import DemosConfig
+from trainer.demos import demo_rows
+from trainer.samples import CloningSamples, cloning_samples
+
+
+class ExperienceError(FieldtuneError):
+    """An episode that the trainer counts on is gone; the message says which and what to do."""
+
+
+class Experience:
+    """Turns episodes of a run into samples for the demonstration buffer."""
+
+    def __init__(self, run: RunDir, horizon: int, tokens: Callable[[str], NDArray[np.int64]]) -> None:
+        """`horizon` is that of the policy; `tokens` encodes an instruction as `[L]`."""
+        self.own = EpisodeIndex(run.episodes)
+        self._demos = EpisodeIndex(run.demos)
+        self._horizon, self._tokens = horizon, tokens
+
+    def samples(self, episode: Episode) -> CloningSamples:
+        """The samples of an own episode."""
+        return cloning_samples(episode, self._horizon, self._tokens(episode.start.instruction))
+
+    def demonstration(self, episode: Episode) -> CloningSamples:
+        """The samples of a demonstration, which decides at every step: one every half chunk."""
+        return thin(self.samples(episode), max(1, self._horizon // 2), episode.start.seed)
+
+    def seed(self, buffer: DemoBuffer, tasks: Sequence[str], config: DemosConfig) -> int:
+        """Put the demonstrations that supervised fine-tuning saw into the buffer; returns how many stayed.
+
+        A deployment that started from a bundle made elsewhere has none.
+        """
+        kept = 0
+        for task in tasks:
+            for row in demo_rows(self._demos, task, config):
+                samples = self.demonstration(read_episode(self._demos.path(row)))
+                kept += buffer.seed(task, row.episode, row.steps, row.versions, samples)
+        return kept
+
+    def load(self, episode: str, demonstration: bool) -> CloningSamples:
+        """The samples of an episode that a buffer held, for `DemoBuffer.restore`. Raises `ExperienceError`."""
+        index = self._demos if demonstration else self.own
+        row = index.get(episode)
+        if row is None or row.deleted:
+            raise ExperienceError(
+                f"{index.directory}: episode {episode} of the demonstration buffer is no longer in the log; put its "
+                "file back, or move the trainer's checkpoint away to start again from the live version"
+            )
+        read = read_episode(index.path(row))
+        return self.demonstration(read) if demonstration else self.samples(read)

@@ -1,0 +1,107 @@
+"""Episodes as samples for cloning, used by supervised fine-tuning and by self behaviour cloning alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bridge.backend import Float32, UInt8
+from runtime.episode import Episode
+
+
+@dataclass(slots=True)
+class CloningSamples:
+    """N observations, each with the actions that were really sent from its step on.
+
+    `images` uint8 `[N, H, W, 3]` by camera, `state` float32 `[N, n]`, `tokens` int64 `[N, L]` (L = 0 where none were
+    given), `target` float32 `[N, h, d]` in units of the action, `mask` float32 `[N, h]`: 1 where `target` holds an
+    executed action, 0 (and a zero target) where nothing was executed.
+    """
+
+    images: dict[str, UInt8]
+    state: Float32
+    tokens: NDArray[np.int64]
+    target: Float32
+    mask: Float32
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | None = None) -> CloningSamples:
+    """One sample for each decision that was followed by an executed action; `tokens` `[L]` are its instruction.
+
+    The target of a decision at step t are the actions sent at t, t+1, ..., t+horizon-1, by this decision and by those
+    after it: what the robot did, however the chunks were cut. Actions that were sampled but never executed, and steps
+    beyond the end of the episode, have mask 0.
+    """
+    decisions = episode.decisions
+    dims = len(episode.start.spec.action.names)
+    length = max((decision.step + len(decision.sent) for decision in decisions), default=0)
+    sent = np.zeros((length + horizon, dims), np.float32)
+    executed = np.zeros(length + horizon, np.float32)
+    for decision in decisions:
+        steps = slice(decision.step, decision.step + len(decision.sent))
+        sent[steps] = decision.sent
+        executed[steps] = 1.0
+    # A decision after the last executed step (the chunk never ran) has nothing to teach.
+    used = [d for d in decisions if executed[d.step : d.step + horizon].any()]
+    window = np.array([d.step for d in used], np.int64)[:, None] + np.arange(horizon)
+    spec = episode.start.spec
+    row = np.zeros(0, np.int64) if tokens is None else tokens.astype(np.int64)
+    return CloningSamples(
+        images={
+            camera.name: _stack([d.observation.images[camera.name] for d in used], (camera.height, camera.width, 3))
+            for camera in spec.cameras
+        },
+        state=np.array([d.observation.state for d in used], np.float32).reshape(len(used), len(spec.state.names)),
+        tokens=np.tile(row, (len(used), 1)),
+        target=sent[window],
+        mask=executed[window],
+    )
+
+
+def concatenate(parts: Sequence[CloningSamples]) -> CloningSamples:
+    """All samples of the parts, in order. Raises `ValueError` if there are no parts or their shapes differ."""
+    if not parts:
+        raise ValueError("there are no samples to concatenate")
+    return CloningSamples(
+        images={name: np.concatenate([part.images[name] for part in parts]) for name in parts[0].images},
+        state=np.concatenate([part.state for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        target=np.concatenate([part.target for part in parts]),
+        mask=np.concatenate([part.mask for part in parts]),
+    )
+
+
+def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Each image `[B, H, W, C]` moved by up to `pixels` either way in x and y, its border repeated (DrQ, 2004.13649).
+
+    Works on the CPU, in the dtype it is given: moving whole pixels of uint8 needs no float copy of the images.
+    """
+    if pixels == 0:
+        return images
+    batch, height, width, channels = images.shape
+    source = images.numpy()
+    offsets = torch.randint(0, 2 * pixels + 1, (batch, 2), generator=generator).tolist()
+    # Plain copies of windows of a padded array: three times as fast as one gather over index tensors.
+    padded = np.empty((batch, height + 2 * pixels, width + 2 * pixels, channels), source.dtype)
+    inside = slice(pixels, -pixels)
+    padded[:, inside, inside] = source
+    padded[:, :pixels, inside] = source[:, :1]
+    padded[:, -pixels:, inside] = source[:, -1:]
+    padded[:, :, :pixels] = padded[:, :, pixels : pixels + 1]
+    padded[:, :, -pixels:] = padded[:, :, -pixels - 1 : -pixels]
+    shifted = np.empty_like(source)
+    for i, (y, x) in enumerate(offsets):
+        shifted[i] = padded[i, y : y + height, x : x + width]
+    return torch.from_numpy(shifted)
+
+
+def _stack(images: list[UInt8], shape: tuple[int, int, int]) -> UInt8:
+    return np.stack(images) if images else np.zeros((0, *shape), np.uint8)

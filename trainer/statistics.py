@@ -1,0 +1,259 @@
+"""What an evaluation says, with how sure it is: success, steps to success, and two evaluations compared goal by goal.
+
+Intervals of a success rate are Wilson's, intervals of mean steps are percentile bootstraps that resample goals within
+each task (the tasks are fixed, the goals are a sample). Everything is deterministic: the resampling has a fixed seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+from typing import Literal, Protocol
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from bridge.errors import FieldtuneError
+from runtime.episode import End
+
+Interval = tuple[float, float]
+RESAMPLES = 4000
+RESAMPLING_SEED = 20_250
+
+
+class StatisticsError(FieldtuneError):
+    """Figures that cannot be computed or compared; the message says why."""
+
+
+class Row(Protocol):
+    """What `summarise` needs of an episode; a row of the episode index has it."""
+
+    @property
+    def task(self) -> str:
+        """Name of the task."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of the goal."""
+        ...
+
+    @property
+    def status(self) -> End:
+        """How the episode ended."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Environment steps executed."""
+        ...
+
+
+class Trial(Struct, frozen=True, forbid_unknown_fields=True):
+    """One goal that was tried to its end."""
+
+    task: str
+    seed: int
+    success: bool
+    steps: int
+
+
+class Result(Struct, frozen=True, forbid_unknown_fields=True):
+    """Success and steps of one task, or of all of them."""
+
+    n: int
+    """Episodes counted."""
+    successes: int
+    success: float
+    """Share of successes; 0 where n = 0."""
+    success_interval: Interval
+    """Wilson 95 % interval."""
+    steps: float | None
+    """Mean steps over the successes; None without one."""
+    steps_interval: Interval | None
+    """Bootstrap 95 % interval of `steps`; None with fewer than two successes."""
+    steps_all: float | None
+    """Mean steps over all episodes, failures counted at the horizon; None where n = 0."""
+    steps_all_interval: Interval | None
+    """Bootstrap 95 % interval of `steps_all`; None with fewer than two episodes."""
+    aborted: int
+    """Episodes that broke off (a worker died, say); in none of the figures above."""
+
+
+class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
+    """The result of evaluating one version: by task, overall, and every goal that was tried."""
+
+    version: str
+    horizon_steps: int
+    action: Literal["mean", "sample"]
+    """Whether the mean action was taken, without noise, or a sample."""
+    confidence: float
+    seeds: tuple[int, ...]
+    """Seeds of the goals, ascending, each once."""
+    tasks: dict[str, Result]
+    overall: Result
+    repeated: int
+    """Episodes left out because their goal had been counted already."""
+    trials: tuple[Trial, ...]
+
+
+class Comparison(Struct, frozen=True, forbid_unknown_fields=True):
+    """Two evaluations on the same goals; differences are `after` minus `before`."""
+
+    goals: int
+    """Goals that both evaluations tried."""
+    both_succeed: int
+    gained: int
+    """Goals where only `after` succeeds."""
+    lost: int
+    """Goals where only `before` succeeds."""
+    mcnemar_p: float
+    """Exact two-sided p of as uneven a split of gained and lost, were both equally likely."""
+    steps_difference: float | None
+    """Mean difference of steps over goals where both succeed; None without one."""
+    steps_difference_interval: Interval | None
+    """Bootstrap 95 % interval; None with fewer than two such goals."""
+    steps_ratio: float | None
+    """Mean steps after / before over the same goals."""
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion (Wilson 1927); (0, 1) where n = 0.
+
+    Raises `StatisticsError` unless 0 <= successes <= n and 0 < confidence < 1.
+    """
+    if not 0 <= successes <= n or not 0 < confidence < 1:
+        raise StatisticsError(f"wilson: {successes} of {n} at confidence {confidence} is not a proportion")
+    if n == 0:
+        return 0.0, 1.0
+    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    p = successes / n
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # The ends are 0 and 1 exactly where nothing or all succeeded; rounding must not say otherwise.
+    return (0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half))
+
+
+def mean_interval(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float | None, Interval | None]:
+    """Mean over all values and its percentile bootstrap interval, resampled within each group.
+
+    The mean is None without a value, the interval None with fewer than two.
+    """
+    arrays = [np.asarray(group, np.float64) for group in groups if len(group)]
+    n = sum(len(array) for array in arrays)
+    if n == 0:
+        return None, None
+    mean = float(sum(array.sum() for array in arrays) / n)
+    if n < 2:
+        return mean, None
+    rng = np.random.default_rng(RESAMPLING_SEED)
+    totals: NDArray[np.float64] = np.zeros(RESAMPLES)
+    for array in arrays:
+        totals += array[rng.integers(len(array), size=(RESAMPLES, len(array)))].sum(axis=1)
+    low, high = np.quantile(totals / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return mean, (float(low), float(high))
+
+
+def summarise(
+    rows: Iterable[Row],
+    *,
+    version: str,
+    horizon_steps: int,
+    action: Literal["mean", "sample"] = "mean",
+    confidence: float = 0.95,
+) -> Evaluation:
+    """The evaluation that these episodes are.
+
+    Aborted episodes are left out and counted. Of several episodes of one goal the first counts: an episode is done
+    again only when its first report was lost, and counting both would weigh that goal twice.
+    """
+    trials: dict[tuple[str, int], Trial] = {}
+    aborted: dict[str, int] = defaultdict(int)
+    tasks: set[str] = set()
+    repeated = 0
+    for row in rows:
+        tasks.add(row.task)
+        if row.status == "aborted":
+            aborted[row.task] += 1
+        elif (row.task, row.seed) in trials:
+            repeated += 1
+        else:
+            trials[row.task, row.seed] = Trial(row.task, row.seed, row.status == "success", row.steps)
+    ordered = tuple(sorted(trials.values(), key=lambda trial: (trial.task, trial.seed)))
+    by_task = {task: [trial for trial in ordered if trial.task == task] for task in sorted(tasks)}
+    return Evaluation(
+        version=version,
+        horizon_steps=horizon_steps,
+        action=action,
+        confidence=confidence,
+        seeds=tuple(sorted({trial.seed for trial in ordered})),
+        tasks={task: _result([own], aborted[task], horizon_steps, confidence) for task, own in by_task.items()},
+        overall=_result(list(by_task.values()), sum(aborted.values()), horizon_steps, confidence),
+        repeated=repeated,
+        trials=ordered,
+    )
+
+
+def compare(before: Evaluation, after: Evaluation) -> Comparison:
+    """`after` against `before` on the goals that both tried. Raises `StatisticsError` if they share none."""
+    old = {(trial.task, trial.seed): trial for trial in before.trials}
+    pairs = [(old[trial.task, trial.seed], trial) for trial in after.trials if (trial.task, trial.seed) in old]
+    if not pairs:
+        raise StatisticsError(
+            f"the evaluations of {before.version[:12]} and {after.version[:12]} have no goal in common; "
+            "evaluate both with the same tasks and first_seed"
+        )
+    if before.horizon_steps != after.horizon_steps:
+        raise StatisticsError(
+            f"one evaluation ran for {before.horizon_steps} steps, the other for {after.horizon_steps}; "
+            "evaluate both with the same bridge.horizon_steps"
+        )
+    both = [(a, b) for a, b in pairs if a.success and b.success]
+    gained = sum(b.success and not a.success for a, b in pairs)
+    lost = sum(a.success and not b.success for a, b in pairs)
+    differences: dict[str, list[float]] = defaultdict(list)
+    for a, b in both:
+        differences[a.task].append(b.steps - a.steps)
+    difference, interval = mean_interval(list(differences.values()), after.confidence)
+    steps_before = sum(a.steps for a, _ in both)
+    return Comparison(
+        goals=len(pairs),
+        both_succeed=len(both),
+        gained=gained,
+        lost=lost,
+        mcnemar_p=mcnemar(gained, lost),
+        steps_difference=difference,
+        steps_difference_interval=interval,
+        steps_ratio=sum(b.steps for _, b in both) / steps_before if steps_before else None,
+    )
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact test: two-sided binomial p of `gained` against `lost` at 1/2; 1 where nothing changed."""
+    n = gained + lost
+    tail = sum(math.comb(n, i) for i in range(min(gained, lost) + 1))
+    # Integers until the last division: 2**n is beyond a float for large n.
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def _result(groups: list[list[Trial]], aborted: int, horizon_steps: int, confidence: float) -> Result:
+    trials = [trial for group in groups for trial in group]
+    successes = sum(trial.success for trial in trials)
+    steps, steps_interval = mean_interval([[t.steps for t in group if t.success] for group in groups], confidence)
+    steps_all, steps_all_interval = mean_interval(
+        [[t.steps if t.success else horizon_steps for t in group] for group in groups], confidence
+    )
+    return Result(
+        n=len(trials),
+        successes=successes,
+        success=successes / len(trials) if trials else 0.0,
+        success_interval=wilson(successes, len(trials), confidence),
+        steps=steps,
+        steps_interval=steps_interval,
+        steps_all=steps_all,
+        steps_all_interval=steps_all_interval,
+        aborted=aborted,
+    )

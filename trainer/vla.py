@@ -1,0 +1,168 @@
+"""The small reference VLA: camera images, proprioception and an instruction -> a Gaussian over an action chunk.
+
+    tokens  -> embedding -> mean over what is not padding -> text vector
+    images  -> convolutions of stride 2, each scaled and shifted by the text vector (FiLM, 1709.07871)
+               -> flattened, so that where something is stays known
+    state   -> (state - mean) / std
+    all three -> MLP -> mean of the chunk;  the standard deviation depends on neither image nor state
+
+Both outputs are in units of the action: mean = center + half_range * network, log_std = log_sigma + log(half_range).
+There is no tanh on the mean: it would flatten the gradient where the experts are, at the limits, and the Gaussian stays
+exact without it. What exceeds the limits is clipped by whoever applies the action.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bridge.errors import FieldtuneError
+from runtime.bundle import PolicySpec
+from trainer.config import VLAConfig
+
+PADDING = 0
+MAX_STATE = 10.0
+"""State is clipped at this many standard deviations: a sensor that jumps may not lead the network far astray."""
+MAX_SIDE = 8
+"""Feature maps that are larger are averaged down, which keeps the first layer of the MLP small for large images."""
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class VLAError(FieldtuneError):
+    """The network cannot be built or used as asked; the message says what does not fit."""
+
+
+class VLA(nn.Module):
+    """The policy pi(chunk | images, state, instruction): independent Gaussians.
+
+    Each camera has an encoder of its own, made for the size that the camera sends: the graph does not resize.
+    `log_sigma` `[d]` is the learnable log standard deviation in half ranges of the action. State statistics are NaN,
+    and so is every output, until `set_state_statistics` or a loaded version has given them.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+    center: Tensor
+    half_range: Tensor
+
+    def __init__(self, config: VLAConfig, spec: PolicySpec) -> None:
+        """A network for the cameras, state and actions of `spec`. Raises `VLAError` where config and spec disagree."""
+        super().__init__()
+        if spec.horizon != config.horizon_steps or spec.tokens != config.max_tokens:
+            raise VLAError(
+                f"the policy's spec has horizon {spec.horizon} and {spec.tokens} tokens, trainer.vla asks for "
+                f"horizon_steps {config.horizon_steps} and max_tokens {config.max_tokens}; they must agree"
+            )
+        low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
+        if not bool(torch.isfinite(high - low).all() and (high > low).all()):
+            raise VLAError("spec.action: every action needs finite limits with low < high")
+        self.config = config
+        self.spec = spec
+        dims, state = len(spec.action.names), len(spec.state.names)
+        # The spec is where limits come from, so they are no weights; statistics were measured, so they are.
+        self.register_buffer("center", (high + low) / 2, persistent=False)
+        self.register_buffer("half_range", (high - low) / 2, persistent=False)
+        self.register_buffer("state_mean", torch.full((state,), math.nan))
+        self.register_buffer("state_std", torch.full((state,), math.nan))
+        self.embedding = nn.Embedding(config.vocabulary, config.text_width, padding_idx=PADDING)
+        encoders = [
+            ImageEncoder(camera.height, camera.width, config.channels, config.text_width) for camera in spec.cameras
+        ]
+        self.encoders = nn.ModuleList(encoders)
+        seen = state + config.text_width + sum(encoder.size for encoder in encoders)
+        self.fusion = nn.Sequential(
+            nn.Linear(seen, config.width), nn.ReLU(), nn.Linear(config.width, config.width), nn.ReLU()
+        )
+        self.head = nn.Linear(config.width, config.horizon_steps * dims)
+        # A fresh policy starts near the middle of the action's range, whatever it sees.
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        self.log_sigma = nn.Parameter(torch.full((dims,), math.log(config.sigma)))
+
+    def forward(self, images: dict[str, Tensor], state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of the chunk, float32 `[B, h, d]` each, in units of the action.
+
+        `images` uint8 `[B, H, W, 3]` by camera, `state` float32 `[B, n]`, `tokens` int64 `[B, L]`, padded with 0.
+        """
+        network = self.head(self.features(images, state, tokens)).float()
+        network = network.unflatten(1, (self.spec.horizon, len(self.spec.action.names)))
+        mean = self.center + self.half_range * network
+        log_std = (self.log_sigma + self.half_range.log()).expand_as(mean)
+        return mean, log_std
+
+    def features(self, images: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
+        """What the head reads, `[B, width]`; inputs as in `forward`. For auxiliary heads that are not exported."""
+        words = (tokens != PADDING).unsqueeze(-1).float()
+        text = (self.embedding(tokens) * words).sum(1) / words.sum(1).clamp(min=1.0)
+        parts = [text]
+        if self.state_mean.numel():
+            parts.append(((state - self.state_mean) / self.state_std).clamp(-MAX_STATE, MAX_STATE))
+        for camera, encoder in zip(self.spec.cameras, self.encoders, strict=True):
+            parts.append(encoder(images[camera.name], text))
+        seen: Tensor = self.fusion(torch.cat(parts, dim=1))
+        return seen
+
+    @torch.no_grad()
+    def set_state_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Take mean and standard deviation `[n]` of the state, measured on demonstrations.
+
+        Raises `VLAError` if they have another shape or are not finite.
+        """
+        if mean.shape != self.state_mean.shape or std.shape != self.state_std.shape:
+            raise VLAError(
+                f"state statistics of shapes {list(mean.shape)} and {list(std.shape)}, expected "
+                f"{list(self.state_mean.shape)} ({', '.join(self.spec.state.names)})"
+            )
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise VLAError("state statistics must be finite; is a demonstration damaged?")
+        self.state_mean.copy_(mean)
+        # An element that never moved says nothing; divided by its noise the first change would be enormous.
+        self.state_std.copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
+
+
+class ImageEncoder(nn.Module):
+    """One camera: uint8 `[B, H, W, 3]` and a text vector `[B, t]` -> features `[B, size]`."""
+
+    def __init__(self, height: int, width: int, channels: tuple[int, ...], text_width: int) -> None:
+        """`channels` of the convolutions. Raises `VLAError` if the image is too small to be halved that often."""
+        super().__init__()
+        if not channels or min(height, width) < 2 ** len(channels):
+            raise VLAError(
+                f"images of {height}x{width} cannot be halved {len(channels)} times; give trainer.vla.channels "
+                "fewer (and at least one) entries"
+            )
+        self.channels = channels
+        inputs = (3, *channels[:-1])
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(inputs, channels, strict=True)
+        )
+        self.film = nn.Linear(text_width, 2 * sum(channels))
+        rows, columns = (-(-side // 2 ** len(channels)) for side in (height, width))
+        self.pool = -(-max(rows, columns) // MAX_SIDE)
+        self.size = channels[-1] * -(-rows // self.pool) * -(-columns // self.pool)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        """Features `[B, size]`."""
+        # The permuted NHWC image is what torch calls channels_last: its faster layout, without a copy.
+        x = image.permute(0, 3, 1, 2).float() / 255.0 - 0.5
+        film = self.film(text).unsqueeze(-1).unsqueeze(-1)
+        start = 0
+        for convolution, channels in zip(self.convolutions, self.channels, strict=True):
+            # Slices, because split and chunk become sequences in ONNX, which onnxruntime does not optimise.
+            scale, shift = film[:, start : start + channels], film[:, start + channels : start + 2 * channels]
+            x = torch.relu(convolution(x) * (1.0 + scale) + shift)
+            start += 2 * channels
+        if self.pool > 1:
+            x = nn.functional.avg_pool2d(x, self.pool, ceil_mode=True)
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
+def log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density `[B, h]` of each action under the Gaussian, summed over its elements; all arguments `[B, h, d]`.
+
+    The same formula as `runtime.policy.log_prob`, with gradients to `mean` and `log_std`.
+    """
+    z = (actions - mean) * torch.exp(-log_std)
+    return (-0.5 * z.square() - log_std - _LOG_SQRT_2PI).sum(-1)
