@@ -47,7 +47,9 @@ def find_config(name_or_path: str) -> Path:
     shipped = _shipped() / f"{name_or_path}.yaml"
     if shipped.is_file():
         return shipped
-    raise ConfigError(f"{name_or_path}: no such file, and no shipped configuration of that name ({', '.join(config_names())})")
+    raise ConfigError(
+        f"{name_or_path}: no such file, and no shipped configuration of that name ({', '.join(config_names())})"
+    )
 
 
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:

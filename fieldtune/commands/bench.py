@@ -1,0 +1,101 @@
+"""`fieldtune bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.table import Table
+
+from fieldtune.bench.common import Result, machine
+from fieldtune.commands.common import Json, Set, err, out, print_json
+from fieldtune.deployment import load_deployment
+
+What = Literal["serve", "rollout", "swap", "log", "all"]
+
+
+def bench(
+    what: Annotated[tyro.conf.Positional[What], tyro.conf.arg(metavar="serve|rollout|swap|log|all")],
+    config: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="CONFIG", help="deployment whose backend and network rollout and swap use"),
+    ] = "quickstart",
+    /,
+    *,
+    overrides: Set = (),
+    directory: Path = Path(),
+    quick: bool = False,
+    as_json: Json = False,
+) -> int:
+    """Measure this computer against fieldtune's goals: each figure and what it is compared with in one run.
+
+    serve: the server against a bare ZeroMQ echo. rollout: the loop against direct calls. swap: waits while weights
+    change. log: the record of a decision. Nothing else should run meanwhile. A goal that is missed is shown, and is no
+    failure of the command.
+
+    Examples:
+      fieldtune bench all
+      fieldtune bench serve --json
+      fieldtune bench rollout my_sim.yaml
+
+    Args:
+        directory: where logs are written while it measures; on the disk that runs use
+        quick: only a few requests each, to see that it works; the figures mean nothing
+    """
+    computer = machine()
+    results = []
+    for name in ("serve", "rollout", "swap", "log") if what == "all" else (what,):
+        with err.status(f"measuring {name}"):
+            results.append(measure(name, config, overrides, directory, quick))
+    if as_json:
+        print_json({"machine": computer, "quick": quick, "results": [result.plain() for result in results]})
+        return 0
+    packages = ", ".join(f"{name} {version}" for name, version in computer["packages"].items())
+    out.print(f"{computer['cpu']}, {computer['cores']} cores, {computer['memory_gb']} GB, {computer['system']}")
+    out.print(f"Python {computer['python']}, {packages}, commit {computer['commit'] or '-'}")
+    for result in results:
+        show(result)
+    return 0
+
+
+def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path, quick: bool) -> Result:
+    """Run one benchmark; only what it needs is imported."""
+    if name == "serve":
+        from fieldtune.bench.serve import bench_serve
+
+        return bench_serve(directory, quick=quick)
+    if name == "log":
+        from fieldtune.bench.log import bench_log
+
+        return bench_log(directory, quick=quick)
+    deployment = load_deployment(config, overrides)
+    if name == "rollout":
+        from fieldtune.bench.rollout import bench_rollout
+
+        return bench_rollout(deployment, directory, quick=quick)
+    from fieldtune.bench.swap import bench_swap
+
+    return bench_swap(deployment, directory, quick=quick)
+
+
+def show(result: Result) -> None:
+    """The table of one benchmark, then its goals and notes."""
+    out.print(f"\n[bold]{result.bench}[/bold]: {result.title}")
+    table = Table(*result.columns, box=None, pad_edge=False)
+    for row in result.rows:
+        table.add_row(*(text(cell) for cell in row))
+    out.print(table)
+    for goal in result.goals:
+        state = "[green]met   [/green]" if goal.met else "[red]missed[/red]"
+        sign = ">=" if goal.at_least else "<="
+        out.print(f"{state}  {goal.name}: {text(goal.measured)} {goal.unit} (goal {sign} {text(goal.limit)})")
+    for note in result.notes:
+        out.print(f"[dim]{note}[/dim]")
+
+
+def text(cell: str | float) -> str:
+    """A figure with three significant digits, or more where it is large."""
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:.0f}" if abs(cell) >= 100 or cell == int(cell) else f"{cell:.3g}"

@@ -1,0 +1,102 @@
+"""`fieldtune bundle make|inspect|verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import tyro
+
+from fieldtune.commands.common import Json, out, print_json
+from runtime.bundle import Bundle, read_bundle
+
+Directory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
+
+
+def make(
+    graph: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="POLICY.onnx")],
+    spec: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEC.yaml")],
+    /,
+    *,
+    out_dir: Path = Path("policies"),
+    tokenizer: Path | None = None,
+    as_json: Json = False,
+) -> int:
+    """Make a bundle from an ONNX policy made elsewhere and a YAML file that says what it sees and gives.
+
+    docs/bundle.md has the names that the graph's inputs and outputs must have.
+
+    Examples:
+      fieldtune bundle make policy.onnx policy.yaml --out-dir runs/arm/policies
+
+    Args:
+        graph: the ONNX file, weights inside
+        spec: the policy's spec, as policy.yaml of a bundle
+        out_dir: the bundle is made in OUT_DIR/VERSION
+        tokenizer: tokenizer.json, for a policy that reads instructions
+    """
+    from runtime.make_bundle import make_bundle
+
+    version = make_bundle(graph, spec, tokenizer, out_dir)
+    if as_json:
+        print_json({"version": version, "path": str(out_dir / version)})
+    else:
+        out.print(f"{out_dir / version}")
+    return 0
+
+
+def inspect(bundle: Directory, /, *, as_json: Json = False) -> int:
+    """Show what the policy in a bundle sees and gives, and where it comes from.
+
+    Examples:
+      fieldtune bundle inspect runs/quickstart/policies/3fa9...
+
+    Args:
+        bundle: directory of the bundle
+    """
+    read = read_bundle(bundle)
+    if as_json:
+        print_json(_summary(read))
+        return 0
+    spec = read.spec
+    out.print(f"version   {read.version}")
+    out.print(f"name      {spec.name}, parent {spec.parent[:12] or '-'}")
+    out.print(f"sees      {', '.join(f'{c.name} {c.height}x{c.width}' for c in spec.cameras) or 'no camera'}")
+    out.print(f"          state {', '.join(map(' '.join, zip(spec.state.names, spec.state.units, strict=True)))}")
+    out.print(f"          instruction of at most {spec.tokens} tokens" if spec.tokens else "          no instruction")
+    action = spec.action
+    out.print(f"gives     {spec.horizon} actions at {spec.control_hz:g} Hz, {action.kind}:")
+    for name, unit, low, high in zip(action.names, action.units, action.low, action.high, strict=True):
+        out.print(f"          {name} {unit} in [{low:g}, {high:g}]")
+    out.print(f"weights   {sum(w.size for w in read.weights.values()):,} numbers in {len(read.weights)} tensors")
+    for key, value in spec.made.items():
+        out.print(f"made      {key}: {value}")
+    return 0
+
+
+def verify(bundle: Directory, /, *, as_json: Json = False) -> int:
+    """Check a bundle as the runtime does before it serves it: parts, hash, weights, shapes, probe replay.
+
+    Examples:
+      fieldtune bundle verify runs/quickstart/policies/3fa9...
+
+    Args:
+        bundle: directory of the bundle
+    """
+    from runtime.policy import Policy
+
+    policy = Policy.load(bundle)
+    if as_json:
+        print_json({"version": policy.version, "good": True})
+    else:
+        out.print(f"{policy.version} is good: hash, weights, shapes and probe agree")
+    return 0
+
+
+def _summary(read: Bundle) -> dict[str, object]:
+    return {
+        "version": read.version,
+        "spec": msgspec.to_builtins(read.spec),
+        "weights": {name: list(array.shape) for name, array in read.weights.items()},
+    }

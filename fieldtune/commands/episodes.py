@@ -1,0 +1,123 @@
+"""`fieldtune episodes list|show`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.table import Column
+
+from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
+from fieldtune.deployment import load_deployment
+from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
+from runtime.rundir import RunDir
+
+Log = Literal["episodes", "demos"]
+
+
+def list_episodes(
+    config: Config,
+    /,
+    *,
+    overrides: Set = (),
+    log: Log = "episodes",
+    limit: int = 20,
+    task: str | None = None,
+    status: Literal["success", "failure", "timeout", "aborted"] | None = None,
+    version: str | None = None,
+    as_json: Json = False,
+) -> int:
+    """List logged episodes, newest first.
+
+    Examples:
+      fieldtune episodes list quickstart --status aborted
+      fieldtune episodes list quickstart --log demos
+
+    Args:
+        log: the deployment's episodes or the demonstrations
+        limit: at most this many
+        task: only this task
+        status: only episodes that ended so
+        version: only episodes that this version drove
+    """
+    index = EpisodeIndex(_directory(run_dir(load_deployment(config, overrides)), log))
+    rows = index.list(limit=limit, task=task, status=status, version=version)
+    if as_json:
+        print_json({"episodes": rows})
+        return 0
+    table = list_table(Column("episode", no_wrap=True), "task", "seed", "ended", "steps", "versions", "when")
+    for row in rows:
+        table.add_row(
+            row.episode,
+            row.task,
+            str(row.seed),
+            row.status + (f" ({row.reason})" if row.reason else ""),
+            str(row.steps),
+            " ".join(v[:8] for v in row.versions),
+            time.strftime("%d %H:%M:%S", time.localtime(row.started_unix_s)),
+        )
+    out.print(table)
+    return 0
+
+
+def show_episode(
+    config: Config,
+    episode: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EPISODE")],
+    /,
+    *,
+    overrides: Set = (),
+    log: Log = "episodes",
+    as_json: Json = False,
+) -> int:
+    """Show one episode: where it came from and what happened at each decision.
+
+    Examples:
+      fieldtune episodes show quickstart 019ab3...
+
+    Args:
+        episode: id of the episode
+        log: the deployment's episodes or the demonstrations
+    """
+    index = EpisodeIndex(_directory(run_dir(load_deployment(config, overrides)), log))
+    row = index.get(episode)
+    if row is None:
+        sys.stderr.write(f"fieldtune: no episode {episode} in {index.directory}\n")
+        return 1
+    whole = read_episode(index.path(row))
+    decisions = [
+        {
+            "step": decision.step,
+            "version": decision.version,
+            "executed": len(decision.sent),
+            "log_prob": None if decision.log_prob is None else float(decision.log_prob[: len(decision.sent)].sum()),
+            "reward": float(decision.reward.sum()),
+            "first_action": [round(float(x), 3) for x in decision.sent[0]] if len(decision.sent) else [],
+        }
+        for decision in whole.decisions
+    ]
+    if as_json:
+        print_json({"row": row, "instruction": whole.start.instruction, "decisions": decisions})
+        return 0
+    out.print(f"{row.episode}  {row.task} seed {row.seed}: {row.status} after {row.steps} steps {row.reason}")
+    out.print(f"instruction: {whole.start.instruction}")
+    table = list_table("step", "version", "executed", "log-prob", "reward", "first action")
+    for d in decisions:
+        log_prob = "-" if d["log_prob"] is None else f"{d['log_prob']:.2f}"
+        table.add_row(
+            str(d["step"]),
+            str(d["version"])[:8],
+            str(d["executed"]),
+            log_prob,
+            f"{d['reward']:.2f}",
+            str(d["first_action"]),
+        )
+    out.print(table)
+    return 0
+
+
+def _directory(run: RunDir, log: Log) -> Path:
+    return run.demos if log == "demos" else run.episodes

@@ -1,0 +1,123 @@
+"""`fieldtune eval`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rich.table import Table
+
+from bridge.backends import make_backend
+from fieldtune.commands.common import Config, Json, Set, out, print_json, progress_bar, run_dir, warn
+from fieldtune.deployment import Deployment, load_deployment
+from runtime.registry import Registry
+from runtime.supervisor import stop_on_signals
+from trainer.evaluate import evaluate as run_evaluation
+from trainer.statistics import Evaluation
+
+
+def evaluate(
+    config: Config,
+    /,
+    *,
+    overrides: Set = (),
+    policy: str | None = None,
+    episodes: int | None = None,
+    as_json: Json = False,
+) -> int:
+    """Evaluate one version of a run: mean action, goals from seeds that training never sees, Wilson 95 % intervals.
+
+    It starts a server and workers of its own, so a running deployment is not disturbed. An interrupted evaluation goes
+    on where it stopped.
+
+    Examples:
+      fieldtune eval quickstart
+      fieldtune eval quickstart --policy 3fa9 --episodes 100
+
+    Args:
+        policy: version id or a unique prefix of it; the live version if not given
+        episodes: episodes per task, if not as configured
+    """
+    deployment = load_deployment(config, overrides)
+    stop = stop_on_signals()
+    registry = Registry(run_dir(deployment).registry)
+    wanted = policy or registry.live()
+    if wanted is None:
+        sys.stderr.write(f"fieldtune: run {deployment.name} has no version yet; run `fieldtune sft {config}` first\n")
+        return 1
+    version = registry.get(wanted).version
+    result = evaluate_version(deployment, config, overrides, version, stop.is_set, quiet=as_json, episodes=episodes)
+    if result is None:
+        return 1
+    if as_json:
+        print_json(result)
+    else:
+        out.print(evaluation_table([("", result)]))
+    return 0
+
+
+def evaluate_version(
+    deployment: Deployment,
+    config: str,
+    overrides: tuple[str, ...],
+    version: str,
+    stopped: Callable[[], bool],
+    *,
+    quiet: bool = False,
+    episodes: int | None = None,
+    title: str = "evaluating",
+) -> Evaluation | None:
+    """Evaluate with a progress bar; None if stopped before the end."""
+    settings = deployment.trainer.evaluate
+    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    with progress_bar(f"{title} {version[:8]}", quiet=quiet) as advance:
+        return run_evaluation(
+            run_dir(deployment),
+            version,
+            tasks,
+            episodes_per_task=episodes or settings.episodes_per_task,
+            first_seed=settings.first_seed,
+            horizon_steps=deployment.bridge.horizon_steps,
+            workers=deployment.bridge.workers,
+            worker_command=lambda i, endpoint: drive_command(
+                config, (*overrides, "bridge.keys=null", f"bridge.endpoint={endpoint}"), f"eval-{i}"
+            ),
+            stopped=stopped,
+            progress=advance,
+            warn=warn,
+        )
+
+
+def drive_command(config: str, overrides: tuple[str, ...], name: str) -> list[str]:
+    """The command line of a bridge worker."""
+    return fieldtune_command("drive", config, overrides, "--name", name)
+
+
+def fieldtune_command(command: str, config: str, overrides: tuple[str, ...], *rest: str) -> list[str]:
+    """A command line of this very installation."""
+    return [sys.executable, "-m", "fieldtune", command, config, *rest, *(x for o in overrides for x in ("--set", o))]
+
+
+def evaluation_table(columns: list[tuple[str, Evaluation]]) -> Table:
+    """Success with Wilson interval and steps, by task, one group of columns for each evaluation."""
+    table = Table(title=f"mean action, unseen goals, n = {columns[0][1].overall.n}")
+    table.add_column("task")
+    for name, _ in columns:
+        table.add_column(f"{name} success".strip(), justify="right")
+        table.add_column(f"{name} steps".strip(), justify="right")
+    rows = [*columns[0][1].tasks, "overall"] if len(columns[0][1].tasks) > 1 else list(columns[0][1].tasks)
+    for task in rows:
+        cells = [task]
+        for _, evaluation in columns:
+            result = evaluation.overall if task == "overall" else evaluation.tasks[task]
+            low, high = result.success_interval
+            cells += [f"{result.success:.2f} [{low:.2f}, {high:.2f}]", steps_text(result.steps, result.steps_interval)]
+        table.add_row(*cells)
+    return table
+
+
+def steps_text(steps: float | None, interval: tuple[float, float] | None) -> str:
+    """Mean steps over successes with its interval; a dash where nothing succeeded."""
+    if steps is None:
+        return "-"
+    return f"{steps:.1f}" if interval is None else f"{steps:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"

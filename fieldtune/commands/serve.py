@@ -1,0 +1,56 @@
+"""`fieldtune serve`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bridge.backends import make_backend
+from bridge.endpoint import resolve_endpoint
+from fieldtune.commands.common import Config, Set, run_dir, warn
+from fieldtune.deployment import load_deployment
+from runtime.episodes import EpisodeLog
+from runtime.schedule import Training
+from runtime.server import PolicyServer
+from runtime.supervisor import stop_on_signals
+from runtime.swap import Live
+
+
+def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
+    """Serve the live policy of a run over ZeroMQ and log every episode.
+
+    Bridges connect with `fieldtune drive CONFIG`; new versions come from `fieldtune train CONFIG`. Ctrl-C stops it;
+    open episodes are kept as aborted.
+
+    Examples:
+      fieldtune serve quickstart
+      fieldtune serve my_arm.yaml --set runtime.serve.endpoint=tcp://127.0.0.1:5555
+
+    Args:
+        mean: take the mean action instead of sampling (nothing to learn from)
+    """
+    deployment = load_deployment(config, overrides)
+    stop = stop_on_signals()
+    run = run_dir(deployment)
+    settings = deployment.runtime
+    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
+    log = EpisodeLog(run.episodes, queue_mb=settings.log.queue_mb, keep_gb=settings.log.keep_gb)
+    try:
+        # Seeds go on from where the log stands, so that a restart does not repeat them.
+        rng = np.random.default_rng([deployment.seed, log.index.count()])
+        trainer = deployment.trainer
+        schedule = Training(tasks, trainer.train_first_seed, trainer.train_seeds, rng)
+        server = PolicyServer(
+            resolve_endpoint(settings.serve.endpoint, deployment.run_dir),
+            live,
+            log,
+            schedule,
+            explore=not mean,
+            horizon_steps=deployment.bridge.horizon_steps,
+            config=settings.serve,
+        )
+        warn(f"serving version {live().version[:12]} on {server.endpoint}")
+        server.run(stop.is_set)
+    finally:
+        log.close()
+    return 0

@@ -1,0 +1,94 @@
+"""`fieldtune status`, and the table that `fieldtune up` keeps on the screen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.table import Table
+
+from bridge.messages import GetStatus, StatusReply
+from fieldtune.commands.common import Config, Json, Set, connect, out, print_json, run_dir
+from fieldtune.deployment import Deployment, load_deployment
+from runtime.status import Status
+
+RECENT = 50  # episodes that success and steps to success on the screen are taken over
+
+
+def status(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """Show what a running deployment does: version, success, buffer, w(t), latency, errors.
+
+    Examples:
+      fieldtune status quickstart
+      fieldtune status quickstart --json
+    """
+    deployment = load_deployment(config, overrides)
+    now = runtime_status(deployment, timeout_s=3.0)
+    trainer = last_metrics(run_dir(deployment).metrics)
+    if as_json:
+        print_json({"runtime": now, "trainer": trainer})
+    else:
+        out.print(status_table(now, trainer))
+    return 0
+
+
+def runtime_status(deployment: Deployment, timeout_s: float) -> Status:
+    """The runtime's counters; raises `SilentError` if it does not answer."""
+    with connect(deployment, "status", timeout_s) as client:
+        reply, _ = client.request(GetStatus(), StatusReply)
+    return msgspec.convert(reply.status, Status)
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The newest line of the trainer's metrics; empty before the first."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            continue  # the line is being written just now; the one before it is whole
+        if isinstance(parsed, dict):
+            return parsed
+    return {}
+
+
+def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Table:
+    """Two columns: what, and how it stands."""
+    table = Table(show_header=False, title=title or None, title_justify="left", min_width=64)
+    table.add_column("", style="dim")
+    table.add_column("")
+    recent = [episode for episode in now.recent if episode.status != "aborted"][-RECENT:]
+    successes = [episode for episode in recent if episode.status == "success"]
+    ended = sum(count for name, count in now.episodes.items() if name not in ("aborted", "lost"))
+    table.add_row("version", f"{now.version[:12]}   {now.swaps} swaps, {now.refused_swaps} refused")
+    if recent:
+        table.add_row("success", f"{len(successes) / len(recent):.2f} of the last {len(recent)} episodes, exploring")
+    if successes:
+        table.add_row("steps to success", f"{sum(e.steps for e in successes) / len(successes):.1f}")
+    aborted = now.episodes.get("aborted", 0)
+    table.add_row(
+        "episodes", f"{ended} ended, {aborted} aborted, {now.episodes_per_min:.0f} / min, {now.sessions} bridges"
+    )
+    if trainer:
+        table.add_row("learning", f"iteration {trainer['iteration']}, {trainer['env_steps']:,} steps")
+        table.add_row(
+            "buffer", f"{trainer['buffer_episodes']} episodes, {trainer['buffer_steps']:.1f} steps on average"
+        )
+        table.add_row(
+            "w(t)", f"{trainer['weight']:.2f}   KL {trainer['kl']:.3f}   EV {trainer['explained_variance']:.2f}"
+        )
+    if now.latency_ms:
+        ms = now.latency_ms
+        table.add_row("latency", f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, max {ms['max']:.1f} ms")
+    lost = now.log.get("lost", 0)
+    if lost or now.log.get("error"):
+        table.add_row("[red]log[/red]", f"[red]{lost} episodes lost: {now.log.get('error')}[/red]")
+    if now.refused:
+        table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
+    return table

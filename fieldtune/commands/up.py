@@ -1,0 +1,235 @@
+"""`fieldtune up`: one deployment from nothing to its summary, and on from wherever it was stopped."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+
+import msgspec
+from rich.live import Live as LiveTable
+
+from bridge.backend import HasExpert
+from bridge.backends import make_backend
+from bridge.client import SilentError
+from bridge.config import ConfigError
+from fieldtune.commands.common import Config, Json, Set, err, out, print_json, run_dir, warn
+from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
+from fieldtune.commands.report import make_report
+from fieldtune.commands.status import last_metrics, runtime_status, status_table
+from fieldtune.deployment import Deployment, load_deployment
+from runtime.durable import write_atomic
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from runtime.supervisor import Child, ChildFailedError, stop_on_signals
+from trainer.statistics import Evaluation
+
+RUNTIME_START_S = 60.0
+PLAIN_LINE_EVERY_S = 10.0  # where the output is not a terminal
+
+
+@dataclass(slots=True)
+class Up:
+    """One run of the command: its deployment, how to start parts of it, and when to stop."""
+
+    deployment: Deployment
+    config: str
+    overrides: tuple[str, ...]
+    stop: threading.Event
+    quiet: bool
+
+    @property
+    def run(self) -> RunDir:
+        """The run's files."""
+        return run_dir(self.deployment)
+
+    def child(self, name: str, command: str, *rest: str) -> Child:
+        """A child process of this deployment with its log in the run."""
+        line = fieldtune_command(command, self.config, self.overrides, *rest)
+        return Child(name, line, self.run.logs / f"{name}.log")
+
+    def say(self, message: str) -> None:
+        """A line for the user."""
+        err.print(message)
+
+
+def up(
+    config: Config,
+    /,
+    *,
+    overrides: Set = (),
+    fresh: bool = False,
+    evaluation: bool = True,
+    as_json: Json = False,
+) -> int:
+    """Run a whole deployment: demonstrations, fine-tuning, then runtime, bridge workers and trainer together.
+
+    Ctrl-C stops everything in order; the same command goes on where it stopped. It ends by itself when `trainer.stop`
+    is reached, with a summary on goals never trained on and a page of plots in the run's directory.
+
+    Examples:
+      fieldtune up quickstart
+      fieldtune up my_arm.yaml --set trainer.stop.minutes=480
+
+    Args:
+        fresh: put an earlier run of this name aside (to NAME.old-TIME) and start anew
+        evaluation: evaluate before and after training
+    """
+    deployment = load_deployment(config, overrides)
+    this = Up(deployment, config, overrides, stop_on_signals(), as_json)
+    if fresh and this.run.path.exists():
+        aside = this.run.path.with_name(f"{deployment.name}.old-{int(time.time())}")
+        shutil.move(this.run.path, aside)
+        this.say(f"the earlier run is in {aside}")
+    remember_config(this.run, deployment)
+    started_s = time.monotonic()
+    if not prepare(this):
+        return stopped(this)
+    first = Registry(this.run.registry).list()[0].version
+    before = evaluate_version_of(this, first, "before") if evaluation else None
+    if this.stop.is_set():
+        return stopped(this)
+    deploy(this)
+    if this.stop.is_set():
+        return stopped(this)
+    last = Registry(this.run.registry).live()
+    assert last is not None
+    after = evaluate_version_of(this, last, "after") if evaluation else None
+    if this.stop.is_set():
+        return stopped(this)
+    if before is None or after is None:
+        this.say(f"done: version {last[:12]} is live; evaluation was not asked for")
+        return 0
+    page, report = make_report(deployment, before, after)
+    if as_json:
+        print_json(report)
+        return 0
+    out.print(evaluation_table([("before", before), ("after", after)]))
+    out.print(f"took {(time.monotonic() - started_s) / 60:.1f} minutes")
+    out.print(f"report: {page}")
+    return 0
+
+
+def stopped(this: Up) -> int:
+    """The last words after Ctrl-C."""
+    this.say(f"stopped; `fieldtune up {this.config}` goes on from here")
+    return 1
+
+
+def remember_config(run: RunDir, deployment: Deployment) -> None:
+    """Write the resolved configuration into the run; refuse one whose policy could not go on from what is there."""
+    path = run.path / "config.json"
+    if path.exists():
+        earlier = msgspec.json.decode(path.read_bytes(), type=Deployment)
+        for name, old, new in [
+            ("$.backend", earlier.backend, deployment.backend),
+            ("$.trainer.vla", earlier.trainer.vla, deployment.trainer.vla),
+            ("$.trainer.tasks", earlier.trainer.tasks, deployment.trainer.tasks),
+        ]:
+            if old != new:
+                raise ConfigError(
+                    f"{name}: {run.path} was made with another value ({old}); choose another `name`, or --fresh"
+                )
+    run.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(deployment)))
+
+
+def prepare(this: Up) -> bool:
+    """Demonstrations and fine-tuning, unless a version is live already; False if stopped."""
+    if Registry(this.run.registry).live() is not None:
+        return True
+    if not isinstance(make_backend(this.deployment.backend), HasExpert):
+        raise ConfigError(
+            f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
+            "make one first (fieldtune sft with demonstrations, or fieldtune bundle make)"
+        )
+    for command in ("demos", "sft"):
+        # Their progress bars are the user's; so their output is not sent to a log.
+        child = Child(command, fieldtune_command(command, this.config, this.overrides), None)
+        child.start()
+        code = child.wait(this.stop.is_set)
+        if this.stop.is_set():
+            return False
+        if code != 0:
+            raise ChildFailedError(f"fieldtune {command} failed with exit code {code}; its message is above")
+    return True
+
+
+def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None:
+    """Evaluate, with the bar that says which of the two it is."""
+    return evaluate_version(
+        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.quiet, title=title
+    )
+
+
+def deploy(this: Up) -> None:
+    """Runtime, workers and trainer side by side until the trainer is done or the user stops it."""
+    runtime = this.child("runtime", "serve")
+    trainer = this.child("trainer", "train")
+    workers = [
+        Child(
+            f"bridge-{i}", drive_command(this.config, this.overrides, f"bridge-{i}"), this.run.logs / f"bridge-{i}.log"
+        )
+        for i in range(this.deployment.bridge.workers)
+    ]
+    children = [runtime, trainer, *workers]
+    try:
+        runtime.start()
+        wait_for_runtime(this, runtime)
+        for child in [trainer, *workers]:
+            child.start()
+        watch(this, children, trainer)
+    finally:
+        # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
+        for group in (workers, [trainer], [runtime]):
+            for child in group:
+                child.ask_to_stop()
+            for child in group:
+                child.stop()
+
+
+def wait_for_runtime(this: Up, runtime: Child) -> None:
+    """Until the runtime answers; its failure or silence is an error with the end of its log."""
+    deadline = time.monotonic() + RUNTIME_START_S
+    while not this.stop.is_set():
+        try:
+            runtime_status(this.deployment, timeout_s=0.5)
+            return
+        except SilentError as error:
+            runtime.keep_alive(warn)
+            if time.monotonic() > deadline:
+                raise ChildFailedError(
+                    f"the runtime did not answer within {RUNTIME_START_S:g} s{runtime.tail()}"
+                ) from error
+
+
+def watch(this: Up, children: list[Child], trainer: Child) -> None:
+    """Keep the children alive and the table fresh until the trainer is done or the user stops."""
+    title = f"{this.deployment.name}  (Ctrl-C stops; the same command goes on)"
+    minutes = this.deployment.trainer.stop.minutes
+    next_line_s = 0.0
+    alive: dict[str, bool] = dict.fromkeys((child.name for child in children), True)
+    with LiveTable(console=err, refresh_per_second=2, transient=False) as live:
+        while not this.stop.is_set():
+            for child in children:
+                if alive[child.name] and child.keep_alive(warn) == 0:
+                    alive[child.name] = False
+            if not alive[trainer.name]:
+                return
+            try:
+                now = runtime_status(this.deployment, timeout_s=1.0)
+            except SilentError:
+                this.stop.wait(0.2)
+                continue
+            metrics = last_metrics(this.run.metrics)
+            done = f"  {metrics['minutes']:.1f} of {minutes:g} minutes" if metrics and minutes else ""
+            table = status_table(now, metrics, title=title + done)
+            restarts = sum(child.restarts for child in children)
+            if restarts:
+                table.add_row("restarts", ", ".join(f"{c.name} {c.restarts}" for c in children if c.restarts))
+            live.update(table)
+            if not err.is_terminal and time.monotonic() > next_line_s:
+                next_line_s = time.monotonic() + PLAIN_LINE_EVERY_S
+                err.print(table)
+            this.stop.wait(0.5)

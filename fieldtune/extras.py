@@ -1,0 +1,26 @@
+"""Which extra brings a package that is missing."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "onnxruntime": "runtime",
+    "safetensors": "runtime",
+    "tokenizers": "runtime",
+    "torch": "trainer",
+    "onnx": "trainer",
+    "onnxscript": "trainer",
+    "scipy": "trainer",
+    "matplotlib": "trainer",
+    "gymnasium": "gymnasium",
+    "metaworld": "metaworld",
+    "mujoco": "metaworld",
+}
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install when an optional package is missing; None if it is not one of ours."""
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    if extra is None:
+        return None
+    return f"this needs the package `{package}`, which is not installed; pip install 'fieldtune[{extra}]'"

@@ -1,0 +1,279 @@
+"""The command line: exit codes, messages, help, and one JSON object where --json asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fieldtune import __version__
+from fieldtune.cli import COMMANDS, run
+
+QUICK = ("--set", "trainer.demos.per_task=2", "--set", "trainer.sft.steps=3")
+
+
+def fieldtune(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
+    command = [sys.executable, "-m", "fieldtune", *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=90, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def one_object(stdout: str) -> dict[str, Any]:
+    """What --json promises."""
+    value = json.loads(stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+# --- what needs no run ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run([*name.split(), "--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Examples" in printed and f"fieldtune {name}" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["policies", "--help"], ["bundle", "-h"]])
+def test_help_lists_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 0
+    printed = capsys.readouterr().out
+    expected = [name for name in COMMANDS if arguments[0].startswith("-") or name.startswith(arguments[0])]
+    assert expected and all(f"  {name} " in printed for name in expected)
+
+
+@pytest.mark.parametrize("arguments", [[], ["episodes"]])
+def test_no_command_is_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "usage: fieldtune" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fieldtune {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [(["statsu"], "status"), (["policies", "lsit"], "policies list"), (["episodes", "shwo"], "episodes show")],
+)
+def test_an_unknown_command_is_answered_with_the_nearest(
+    typed: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(typed) == 2
+    assert f"did you mean `fieldtune {meant}`?" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(["status", "point", "--jsno"])
+    assert left.value.code == 2
+    assert "--jsno" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "hint"),
+    [
+        ("trainer.ppo.learning_rate=1", "$.trainer.ppo.learning_rate", "known: gamma"),
+        ("trainer.sft.stpes=1", "$.trainer.sft.stpes", "did you mean `steps`?"),
+        ("bridge.workers=0", "$.bridge.workers", "found 0"),
+        ("name=a/b", "$.name", "a/b"),
+    ],
+)
+def test_a_wrong_key_or_value_names_its_path(
+    override: str, path: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["status", "point", "--set", override]) == 2
+    message = capsys.readouterr().err
+    assert path in message and hint in message
+
+
+def test_a_misspelt_key_in_a_file_ends_a_real_process_with_2(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\nbackend: {name: point}\nbrigde: {workers: 2}\n")
+    done = fieldtune("up", "mine.yaml", cwd=tmp_path, code=2)
+    assert "mine.yaml: $.brigde: unknown key; did you mean `bridge`?" in done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_file_is_bad_usage_and_names_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["status", "nowhere.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "nowhere.yaml: no such file" in message and "quickstart" in message
+
+
+def test_a_runtime_that_is_not_there_fails_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["status", "point"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("fieldtune: ")
+
+
+@pytest.mark.parametrize(("command", "extra"), [("bundle verify x", "runtime"), ("sft point", "trainer")])
+def test_a_missing_extra_is_named(command: str, extra: str, tmp_path: Path) -> None:
+    package = {"runtime": "onnxruntime", "trainer": "torch"}[extra]
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from fieldtune.cli import run; sys.exit(run({command.split()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert f"`{package}`, which is not installed; pip install 'fieldtune[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_import_that_is_not_an_extra_is_a_bug_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "status", ("fieldtune.commands.no_such_module:x", ""))
+    with pytest.raises(ModuleNotFoundError):
+        run(["status"])
+
+
+@pytest.mark.parametrize("line", ["--help", "status --help", "keys made arm --json"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_no_error(line: str, unbuffered: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-m", "fieldtune", *line.split()],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1 and done.stderr == ""
+
+
+def test_keys_as_json_and_bad_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["keys", str(tmp_path / "keys"), "arm1", "arm2", "--json"]) == 0
+    made = one_object(capsys.readouterr().out)
+    assert [Path(path).name for path in made["clients"]] == ["arm1", "arm2"] and Path(made["server"]).is_dir()
+    assert run(["keys", str(tmp_path / "keys"), "../arm"]) == 2
+
+
+# --- what needs a run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the run of `point`: two demonstrations and one hardly trained version."""
+    directory = tmp_path_factory.mktemp("cli")
+    collected = one_object(fieldtune("demos", "point", "--json", *QUICK, cwd=directory).stdout)
+    assert collected["kept"] == 2
+    assert one_object(fieldtune("sft", "point", "--json", *QUICK, cwd=directory).stdout)["version"]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def served(prepared: Path) -> Iterator[Path]:
+    """The same with a runtime that serves it, and two episodes driven."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((prepared / "serve.log").open("wb"))
+        runtime = subprocess.Popen(
+            [sys.executable, "-m", "fieldtune", "serve", "point"], cwd=prepared, stdout=log, stderr=log
+        )
+        try:
+            driven = fieldtune("drive", "point", "--episodes", "2", "--name", "arm", "--json", cwd=prepared)
+            assert one_object(driven.stdout)["episodes"] == 2
+            yield prepared
+        finally:
+            runtime.terminate()
+            assert runtime.wait(30) == 0, (prepared / "serve.log").read_text()
+
+
+def in_process(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str) -> str:
+    """Stdout of a command that ended well."""
+    monkeypatch.chdir(directory)
+    code = run(line.split())
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return captured.out
+
+
+@pytest.mark.slow
+def test_versions_and_bundles(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(line: str) -> dict[str, Any]:
+        return one_object(in_process(prepared, monkeypatch, capsys, line + " --json"))
+
+    (row,) = ask("policies list point")["policies"]
+    version = row["version"]
+    assert row["live"] and row["on_disk"] and row["made"]["command"] == "sft"
+    assert ask(f"policies show point {version[:6]}")["lineage"] == [version]
+    bundle = f"runs/point/policies/{version}"
+    assert ask(f"bundle inspect {bundle}")["spec"]["horizon"] == 4
+    assert ask(f"bundle verify {bundle}") == {"version": version, "good": True}
+    for line in ("policies list point", f"policies show point {version}", f"bundle inspect {bundle}"):
+        assert version[:8] in in_process(prepared, monkeypatch, capsys, line)
+
+
+@pytest.mark.slow
+def test_demonstrations(prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "episodes list point --log demos --json"
+    rows = one_object(in_process(prepared, monkeypatch, capsys, line))["episodes"]
+    assert len(rows) == 2 and {row["status"] for row in rows} == {"success"}
+    line = f"episodes show point {rows[0]['episode']} --log demos --json"
+    shown = one_object(in_process(prepared, monkeypatch, capsys, line))
+    assert sum(decision["executed"] for decision in shown["decisions"]) == rows[0]["steps"]
+
+
+@pytest.mark.slow
+def test_failures_of_a_run_say_why_and_end_with_1(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(prepared)
+    for line, word in {
+        "episodes show point nosuch": "no episode nosuch",
+        "policies show point ffffffff": "ffffffff",
+        "report point": "was not evaluated",
+        "bundle verify nowhere": "nowhere",
+    }.items():
+        assert run(line.split()) == 1, line
+        captured = capsys.readouterr()
+        assert captured.err.startswith("fieldtune: ") and word in captured.err, line
+        assert captured.out == ""
+
+
+@pytest.mark.slow
+def test_a_running_deployment(
+    served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(line: str) -> dict[str, Any]:
+        return one_object(in_process(served, monkeypatch, capsys, line + " --json"))
+
+    now = ask("status point")
+    assert sum(now["runtime"]["episodes"].values()) == 2 and now["trainer"] == {}
+    rows = ask("episodes list point")["episodes"]
+    assert [row["client"] for row in rows] == ["arm", "arm"]
+    shown = ask(f"episodes show point {rows[0]['episode']}")
+    assert {decision["version"] for decision in shown["decisions"]} == {now["runtime"]["version"]}
+    doctor = {row["name"]: row for row in ask("doctor point")["checks"]}
+    assert "a runtime answers" in doctor["endpoint"]["found"]
+    assert "version" in in_process(served, monkeypatch, capsys, "status point")
+
+
+@pytest.mark.slow
+def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
+    done = fieldtune("eval", "point", "--episodes", "2", "--json", cwd=served)
+    assert one_object(done.stdout)["overall"]["n"] == 2

@@ -1,0 +1,70 @@
+"""One file is one deployment: every shipped one loads, and what is wrong in one is named."""
+
+from pathlib import Path
+
+import pytest
+
+from bridge.config import ConfigError
+from fieldtune.deployment import Deployment, config_names, find_config, load_deployment
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads_by_path_and_by_name(path: Path) -> None:
+    deployment = load_deployment(str(path))
+    assert deployment == load_deployment(path.stem)
+    assert path.stem in config_names()
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert "quickstart" in config_names()
+
+
+def test_a_minimal_deployment_has_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbackend: {name: point}\n")
+    deployment = load_deployment(str(path))
+    assert deployment == Deployment(name="mine", backend=deployment.backend)
+    assert deployment.run_dir == Path("runs/mine")
+    assert load_deployment(str(path), ["runs=/data"]).run_dir == Path("/data/mine")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trainer.ppo.lrr=1", ["$.trainer.ppo.lrr", "did you mean `lr`?"]),
+        ("trainer.ppo.lr=0", ["$.trainer.ppo.lr", "> 0"]),
+        ("trainer.ppo.gamma=1.5", ["$.trainer.ppo.gamma", "1.5", "<= 1"]),
+        ("runtime.serve.max_batch=0", ["$.runtime.serve.max_batch", ">= 1"]),
+        ("runtime.serve.endpoint=5", ["$.runtime.serve.endpoint", "Expected `str`"]),
+        ("trainer.stop.minutes=soon", ["$.trainer.stop.minutes", "'soon'"]),
+        ("trainer.vla.channels=[8, 0]", ["$.trainer.vla.channels[1]", ">= 1"]),
+        ("runtme.serve.max_batch=1", ["$.runtme", "did you mean `runtime`?"]),
+        ("name=../elsewhere", ["$.name", "'../elsewhere'"]),
+        ("name=a/b", ["$.name", "'a/b'"]),
+        ("name=", ["$.name", "Expected `str`"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, override: str, parts: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbackend: {name: point}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(str(path), [override])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_learning_rates_may_be_written_as_people_do(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbackend: {name: point}\ntrainer: {ppo: {lr: 1e-4}}\n")
+    assert load_deployment(str(path)).trainer.ppo.lr == 1e-4
+    assert load_deployment(str(path), ["trainer.ppo.lr=3e-5"]).trainer.ppo.lr == 3e-5
+
+
+def test_an_unknown_configuration_lists_those_that_ship(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quickstart"):
+        find_config("quickstat")
+    with pytest.raises(ConfigError, match="no such file"):
+        find_config(str(tmp_path))

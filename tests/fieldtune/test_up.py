@@ -1,0 +1,163 @@
+"""The whole system as real processes: `fieldtune up` on the toy backend, through kill -9, Ctrl-C and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+SMALL = ["trainer.demos.per_task=20", "trainer.sft.steps=60", "trainer.evaluate.episodes_per_task=10"]
+
+
+class Deployment:
+    """`fieldtune up point` in a directory of its own, and what it left there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.run = RunDir(directory / "point")
+        self.command = [sys.executable, "-m", "fieldtune", "up", "point", "--set", f"runs={directory}"]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.output = directory / "up.log"
+
+    def start(self, *settings: str) -> None:
+        line = [*self.command, *(x for setting in [*SMALL, *settings] for x in ("--set", setting))]
+        with self.output.open("ab") as output:
+            self.process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(200)
+
+    def interrupt(self) -> int:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def children(self) -> dict[str, int]:
+        """Command -> process id of the living children."""
+        assert self.process is not None
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(path.read_text().rpartition(")")[2].split()[1])
+                words = (path.parent / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue  # ended while we looked
+            if parent == self.process.pid and "fieldtune" in words:
+                found[words[words.index("fieldtune") + 1]] = int(path.parent.name)
+        return found
+
+    def metrics(self) -> list[dict[str, object]]:
+        if not self.run.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.run.metrics.read_text().splitlines() if line.endswith("}")]
+
+    def log(self) -> str:
+        return self.output.read_text()
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Deployment]:
+    deployment = Deployment(tmp_path)
+    yield deployment
+    if deployment.process is not None and deployment.process.poll() is None:
+        os.killpg(deployment.process.pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], bool], what: str, deployment: Deployment, limit_s: float = 90.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert deployment.process is not None
+        assert deployment.process.poll() is None, f"ended before {what}:\n{deployment.log()}"
+        assert time.monotonic() < deadline, f"no {what}:\n{deployment.log()}"
+        time.sleep(0.1)
+
+
+def check_run(deployment: Deployment, iterations: int) -> None:
+    """Nothing lost, nothing counted twice, one unbroken curve, one unbroken line of versions."""
+    lines = deployment.metrics()
+    assert [line["iteration"] for line in lines] == list(range(1, iterations + 1))
+    steps = [int(str(line["env_steps"])) for line in lines]
+    assert steps == sorted(steps)
+    index = EpisodeIndex(deployment.run.episodes)
+    rows = index.after(0, 1_000_000)
+    assert len({row.episode for row in rows}) == len(rows)
+    for row in rows:
+        if row.status != "aborted":
+            assert read_episode(index.path(row)).steps == row.steps
+    # The steps learned from are at most those of the exploring episodes that ended: none is counted twice.
+    assert steps[-1] <= sum(row.steps for row in rows if row.status != "aborted")
+    registry = Registry(deployment.run.registry)
+    live = registry.live()
+    assert live is not None
+    assert live == lines[-1]["version"]
+    assert len(registry.lineage(live)) == 1 + sum(not line["warmup"] for line in lines)
+
+
+def test_kill_nine_of_every_part_costs_no_episode(up: Deployment) -> None:
+    up.start("trainer.stop.iterations=12")
+    for command in ("train", "serve", "drive", "train"):
+        seen = len(up.metrics())
+        until(lambda seen=seen: len(up.metrics()) >= seen + 1, "iteration", up)  # type: ignore[misc]
+        until(lambda command=command: command in up.children(), command, up)  # type: ignore[misc]
+        if len(up.metrics()) < 11:
+            os.kill(up.children()[command], signal.SIGKILL)
+    assert up.wait() == 0, up.log()
+    assert "was killed by SIGKILL; starting it again" in up.log()
+    check_run(up, 12)
+    report = json.loads((up.run.path / "report.json").read_text())
+    assert report["after"]["overall"]["n"] == 10
+    assert (up.run.path / "report.html").stat().st_size > 10_000
+
+
+def test_control_c_stops_everything_and_the_same_command_goes_on(up: Deployment) -> None:
+    up.start("trainer.stop.iterations=6")
+    until(lambda: up.run.demos.exists(), "demonstrations", up)
+    assert up.interrupt() == 1
+    assert up.children() == {}
+    up.start("trainer.stop.iterations=6")
+    until(lambda: len(up.metrics()) >= 2, "second iteration", up)
+    before = up.metrics()
+    children = up.children()
+    assert set(children) == {"serve", "train", "drive"}
+    assert up.interrupt() == 1
+    assert all(not Path(f"/proc/{pid}").exists() for pid in children.values())
+    assert re.search(r"goes on from here", up.log())
+    up.start("trainer.stop.iterations=6")
+    assert up.wait() == 0, up.log()
+    assert up.metrics()[: len(before)] == before
+    check_run(up, 6)
+
+
+def test_children_die_with_a_parent_that_was_killed(up: Deployment) -> None:
+    up.start("trainer.stop.iterations=1000")
+    until(lambda: len(up.metrics()) >= 1, "first iteration", up)
+    children = up.children()
+    assert up.process is not None
+    up.process.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in children.values()):
+        assert time.monotonic() < deadline, children
+        time.sleep(0.1)
+
+
+def test_another_backend_for_the_same_run_is_refused(up: Deployment) -> None:
+    up.start("trainer.stop.iterations=1")
+    assert up.wait() == 0, up.log()
+    up.start("trainer.stop.iterations=1", "backend.options.size_px=16")
+    assert up.wait() == 2
+    assert "$.backend" in up.log() and "--fresh" in up.log()
