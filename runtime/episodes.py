@@ -37,6 +37,8 @@ CLOSED = "the log is closed"
 WRITER_DIED = "the log's writer has died; restart the runtime"
 RECORD_OVERHEAD_BYTES = 200  # counted for each waiting record besides its tensors
 COMMIT_AFTER_S = 0.02  # ended episodes wait no longer than this for others to share their commit
+GATHER_S = 0.05
+GATHER_BYTES = 8_000_000
 COMMIT_EPISODES = 64
 
 
@@ -97,6 +99,7 @@ class EpisodeLog:
         # Of the writer thread alone:
         self._ended: list[tuple[EpisodeRow, LoggedEpisode, Stored]] = []
         self._ended_since_s = 0.0
+        self._gathered = False
         self._not_indexed: list[EpisodeRow] = []
         self._writer = threading.Thread(target=self._run, name="episode-log", daemon=True)
         self._writer.start()
@@ -175,7 +178,12 @@ class EpisodeLog:
 
     def _put(self, item: Item) -> None:
         self._queue.put(item)
-        self._changed.notify()
+        if self._urgent():
+            self._changed.notify()
+
+    def _urgent(self) -> bool:
+        """Whether the writer should write now rather than gather more."""
+        return self._queue.ends > 0 or self._queue.queued_bytes > GATHER_BYTES or bool(self._closed)
 
     def _find(self, episode: str) -> LoggedEpisode:
         logged = self._episodes.get(episode)
@@ -204,12 +212,23 @@ class EpisodeLog:
             self._abandon()
 
     def _take(self) -> Item | None:
-        """The next record; None if nothing waits and there is something to commit, or the log is closed."""
+        """The next record; None if nothing waits and there is something to commit, or the log is closed.
+
+        Records are gathered for a moment, unless the end of an episode is among them: a thread that wakes for each one
+        takes the interpreter from the threads that serve. What is lost with a killed process was not acknowledged.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: len(self._queue) or self._ended or self._closed)
-            if not len(self._queue):
-                return None
-            return self._queue.take()
+            while True:
+                if not len(self._queue):
+                    self._gathered = False
+                    if self._ended or self._closed:
+                        return None
+                    self._changed.wait(GATHER_S)
+                elif self._gathered or self._ended or self._urgent():
+                    self._gathered = True
+                    return self._queue.take()
+                else:
+                    self._gathered = not self._changed.wait(GATHER_S)
 
     def _write(self, item: Item) -> None:
         logged = item.episode

@@ -40,6 +40,8 @@ class RecordQueue:
     def __init__(self, limit_bytes: int, given_up: Callable[[str], None]) -> None:
         """`given_up` is called with the reason, once for each episode that is given up."""
         self.queued_bytes = 0
+        self.ends = 0
+        """Ends that wait: somebody waits for each of them."""
         self._limit_bytes, self._given_up = limit_bytes, given_up
         self._items: deque[Item] = deque()
 
@@ -76,9 +78,11 @@ class RecordQueue:
                 if item.stored is None:
                     continue
                 item.record, item.size_bytes = None, 0
+                self._count(item, 1)
             kept.append(item)
         self._items = kept
 
     def _count(self, item: Item, sign: int) -> None:
+        self.ends += sign * (item.stored is not None)
         item.episode.queued_bytes += sign * item.size_bytes
         self.queued_bytes += sign * item.size_bytes

@@ -285,13 +285,19 @@ def test_no_bytes_do_anything_but_raise_a_bundle_error(path: Path, data: bytes, 
         assert load(data) == {}
 
 
+VALUES = st.recursive(words | finite | st.integers() | st.booleans() | st.none(), st.lists, max_leaves=4)
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@example(
+    name="1e5", unit="\x85", limits=(0.1, 1e300), rate=1e-6, made={"commit": "1234e56", "null": ["no", "1:30", ""]}
+)
 @given(
     name=words,
     unit=words,
     limits=st.tuples(finite, finite).filter(lambda pair: pair[0] < pair[1]),
     rate=st.floats(1e-6, 1e9),
-    made=st.dictionaries(words, st.recursive(words | finite | st.integers() | st.booleans() | st.none(), st.lists)),
+    made=st.dictionaries(words, VALUES, max_size=4),
 )
 def test_every_spec_comes_back_as_it_was(
     tmp_path: Path, name: str, unit: str, limits: tuple[float, float], rate: float, made: dict[str, Any]
