@@ -32,6 +32,7 @@ COMMANDS = {
     "status": ("fieldtune.commands.status:status", "show what a running deployment does"),
     "policies list": ("fieldtune.commands.policies:list_policies", "list the versions of a run"),
     "policies show": ("fieldtune.commands.policies:show_policy", "show one version and its lineage"),
+    "policies add": ("fieldtune.commands.policies:add", "put a bundle made elsewhere into a run and make it live"),
     "policies rollback": ("fieldtune.commands.policies:rollback", "make an earlier version live again"),
     "episodes list": ("fieldtune.commands.episodes:list_episodes", "list logged episodes"),
     "episodes show": ("fieldtune.commands.episodes:show_episode", "show one episode, decision by decision"),

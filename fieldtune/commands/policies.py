@@ -1,8 +1,9 @@
-"""`fieldtune policies list|show|rollback`."""
+"""`fieldtune policies list|show|add|rollback`."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +16,7 @@ from runtime.registry import Registry, VersionRow
 from runtime.swap import Live
 
 Version = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VERSION", help="a version id or a unique prefix")]
+BundlePath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE", help="directory of the bundle")]
 
 
 def list_policies(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:

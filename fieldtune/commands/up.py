@@ -142,7 +142,7 @@ def prepare(this: Up) -> bool:
     if not isinstance(make_backend(this.deployment.backend), HasExpert):
         raise ConfigError(
             f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
-            "make one first (fieldtune sft with demonstrations, or fieldtune bundle make)"
+            f"put one there first: fieldtune policies add {this.config} BUNDLE"
         )
     for command in ("demos", "sft"):
         # Their progress bars are the user's; so their output is not sent to a log.
