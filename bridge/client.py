@@ -60,12 +60,14 @@ class PolicyClient:
         self.dropped = 0
         self._request = 0
         self._asked = 0
+        self._posted: dict[int, Reply | None] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
 
     def hello(self, spec: BackendSpec | None = None, timeout_s: float | None = None) -> Welcome:
         """Open a session on a fresh connection; with the backend's `spec` if it is to ask for chunks."""
         self._socket.close()
+        self._posted.clear()
         self._socket = self._connect()
         reply, _ = self.request(Hello(protocol=PROTOCOL, client=self.client, spec=spec), Welcome, timeout_s=timeout_s)
         return reply
@@ -88,14 +90,14 @@ class PolicyClient:
     ) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """`request` for a message that has replies of several types."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit_s
         before = self._asked
         sent = self._asked = self._send(message, arrays, limit_s)
+        deadline = time.monotonic() + limit_s
         while True:
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0 or not self._socket.poll(max(1, int(remaining_s * 1000))):
-                raise SilentError(f"{self.endpoint}: no answer to {type(message).__name__} within {limit_s:g} s")
-            reply, tensors = decode_reply(self._socket.recv_multipart())
+            reply, tensors = self._receive(deadline, type(message).__name__)
+            if reply.request in self._posted:
+                self._posted[reply.request] = reply
+                continue
             # A refusal may also be of a notification since the last request, or of a message that could not be read
             # and so has no id.
             if isinstance(reply, Refused) and (reply.request == 0 or before < reply.request <= sent):
@@ -103,6 +105,30 @@ class PolicyClient:
             if reply.request == sent:
                 return reply, tensors
             self.dropped += 1
+
+    def post(self, message: Message, arrays: Arrays | None = None) -> int:
+        """Send a request and go on; `collect` waits for its reply. Returns the request's id."""
+        request = self._send(message, arrays, self.timeout_s)
+        self._posted[request] = None
+        return request
+
+    def collect(self, request: int, kind: type[R]) -> R:
+        """The reply of type `kind` to a posted request, once; raises as `request` does."""
+        deadline = time.monotonic() + self.timeout_s
+        while (posted := self._posted[request]) is None:
+            reply, _ = self._receive(deadline, "a posted request")
+            if reply.request in self._posted:
+                self._posted[reply.request] = reply
+            elif isinstance(reply, Refused):
+                raise RefusedError(reply)
+            else:
+                self.dropped += 1
+        del self._posted[request]
+        if isinstance(posted, Refused):
+            raise RefusedError(posted)
+        if not isinstance(posted, kind):
+            raise WireError("kind", f"a request was answered by {type(posted).__name__}, not {kind.__name__}")
+        return posted
 
     def notify(self, message: Message, arrays: Arrays | None = None) -> None:
         """Send a message that is answered only if it is refused; the next `request` raises the refusal."""
@@ -120,6 +146,13 @@ class PolicyClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _receive(self, deadline: float, what: str) -> tuple[Reply, dict[str, NDArray[Any]]]:
+        """The next reply, whatever it answers; raises `SilentError` after the deadline."""
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0 or not self._socket.poll(max(1, int(remaining_s * 1000))):
+            raise SilentError(f"{self.endpoint}: no answer to {what} in time")
+        return decode_reply(self._socket.recv_multipart())
 
     def _send(self, message: Message, arrays: Arrays | None, limit_s: float) -> int:
         self._request += 1

@@ -15,7 +15,6 @@ from bridge.messages import (
     Assignment,
     Chunk,
     EndEpisode,
-    EpisodeStored,
     Executed,
     Infer,
     WireError,
@@ -58,6 +57,8 @@ class EpisodeReport:
     infer_wait_s: float
     overruns: int
     versions: tuple[str, ...]
+    end_request: int
+    """`PolicyClient.collect` gives the answer to this posted request: whether the episode is stored."""
 
 
 def run_episode(
@@ -101,15 +102,18 @@ def run_episode(
             client.notify(executed, {"sent": np.stack(sent), "reward": np.array(rewards, np.float32)})
         final = observation_tensors(backend.observe())
         end: Literal["success", "failure", "timeout"] = status
-        client.request(
-            EndEpisode(session=session, episode=assignment.episode, status=end, steps=steps), EpisodeStored, final
+        # Posted: the disk may take its time, the robot goes on.
+        end_request = client.post(
+            EndEpisode(session=session, episode=assignment.episode, status=end, steps=steps), final
         )
     except BaseException:
         backend.stop()
         raise
     if spec.paced:
         backend.stop()
-    return EpisodeReport(status, steps, decisions, infer_wait_s, pacer.overruns if pacer else 0, tuple(versions))
+    return EpisodeReport(
+        status, steps, decisions, infer_wait_s, pacer.overruns if pacer else 0, tuple(versions), end_request
+    )
 
 
 def _play(backend: Backend, actions: Float32, pacer: Pacer | None) -> tuple[list[Float32], list[float], Status]:

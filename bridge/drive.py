@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from bridge.backend import Backend
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport, run_episode
-from bridge.messages import Assignment, NextEpisode, NoEpisode, WireError
+from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, WireError
 
 # Refusals after which a new session can go on; anything else would be refused again.
 RECOVERABLE = ("session", "episode", "replayed", "internal")
@@ -47,49 +49,79 @@ def drive(
     summary = DriveSummary()
     session = ""
     failures = 0
+    unstored: deque[tuple[EpisodeReport, Assignment]] = deque()
+
+    def settle(most: int) -> None:
+        """Wait until at most so many episodes are not acknowledged; count and report those that are."""
+        while len(unstored) > most:
+            result, assignment = unstored[0]
+            try:
+                client.collect(result.end_request, EpisodeStored)
+            except RefusedError as error:
+                # The runtime cannot log (a full disk, say) but serves on; so does the robot.
+                summary.dropped_episodes += 1
+                warn(str(error))
+            else:
+                summary.episodes += 1
+                summary.successes += result.status == "success"
+                summary.steps += result.steps
+                summary.infer_wait_s += result.infer_wait_s
+                report(result, assignment)
+            unstored.popleft()
+
+    def give_up_unstored() -> None:
+        summary.dropped_episodes += len(unstored)
+        unstored.clear()
+
     backend.connect()
+    started_s = time.monotonic()
     try:
-        while not stopped() and (episodes is None or summary.episodes < episodes):
+        while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
             if not session:
                 welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
                 if welcome is None:
                     break
                 session = welcome.session
+            driving = False
             try:
                 answer, _ = client.ask(NextEpisode(session=session))
                 if isinstance(answer, NoEpisode):
+                    settle(0)
                     if answer.finished:
                         break
                     time.sleep(min(answer.retry_s, 5.0))
                     continue
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
-                started_s = time.monotonic()
+                driving = True
                 result = run_episode(backend, client, session, answer, stopped)
+                driving = False
+                if result is None:
+                    break
+                unstored.append((result, answer))
+                settle(1)
             except (SilentError, WireError, RefusedError) as error:
-                if isinstance(error, RefusedError) and error.refused.code == "storage":
-                    # The runtime cannot log (a full disk, say) but serves on; so does the robot.
-                    summary.dropped_episodes += 1
-                    warn(str(error))
-                    continue
                 failures += 1
                 final = isinstance(error, RefusedError) and error.refused.code not in RECOVERABLE
                 if final or failures > MAX_FAILURES:
                     raise
-                summary.dropped_episodes += 1
+                if isinstance(error, RefusedError):
+                    # The connection is good, so what was posted on it is still answered.
+                    with suppress(SilentError, WireError):
+                        settle(0)
+                give_up_unstored()
+                summary.dropped_episodes += driving
                 warn(f"{error}; the episode is given up, saying hello again ({failures}/{MAX_FAILURES})")
                 session = ""
                 continue
-            if result is None:
-                break
             failures = 0
-            summary.episodes += 1
-            summary.successes += result.status == "success"
-            summary.steps += result.steps
-            summary.drive_s += time.monotonic() - started_s
-            summary.infer_wait_s += result.infer_wait_s
-            report(result, answer)
+        try:
+            settle(0)
+        except (SilentError, WireError) as error:
+            give_up_unstored()
+            warn(f"{error}; the last episode may not be stored")
     finally:
+        summary.drive_s = time.monotonic() - started_s
         backend.stop()
         backend.close()
     return summary

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from bridge.backends import make_backend
 from bridge.client import SilentError
-from bridge.messages import Rollback, Serving
+from bridge.messages import Announce, Rollback, Serving
 from fieldtune.commands.common import Config, Json, Set, connect, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
+from runtime.bundle import install_bundle
+from runtime.policy import Policy, compare_specs
 from runtime.registry import Registry, VersionRow
 from runtime.swap import Live
 
@@ -66,6 +69,37 @@ def show_policy(config: Config, version: Version, /, *, overrides: Set = (), as_
     out.print(f"lineage  {' <- '.join(ancestor.version[:8] for ancestor in lineage)}")
     for change in history:
         out.print(f"live     {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(change.unix_s))} ({change.why})")
+    return 0
+
+
+def add(config: Config, bundle: BundlePath, /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """Check a bundle, put it into the run and make it live: the first version of a run, or the next one.
+
+    A running runtime swaps to it at once. Without a runtime the version is made live for the next start.
+
+    Examples:
+      fieldtune policies add my_arm.yaml policies/3fa9...
+    """
+    deployment = load_deployment(config, overrides)
+    run = run_dir(deployment)
+    registry = Registry(run.registry)
+    try:
+        if registry.live() is None:
+            raise SilentError("a run without a version has no runtime")
+        with connect(deployment, "policies", timeout_s=10.0) as client:
+            reply, _ = client.request(Announce(path=str(bundle.resolve())), Serving)
+        version, where = reply.version, "the running runtime"
+    except SilentError:
+        policy = Policy.load(bundle)
+        compare_specs(policy.spec, make_backend(deployment.backend).spec)
+        install_bundle(bundle, run.policies)
+        registry.add(policy.version, parent=policy.spec.parent, made=policy.spec.made)
+        registry.set_live(policy.version, why="added by hand")
+        version, where = policy.version, "the next start"
+    if as_json:
+        print_json({"version": version})
+    else:
+        out.print(f"{version[:12]} is live for {where}")
     return 0
 
 

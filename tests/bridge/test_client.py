@@ -314,3 +314,26 @@ def test_only_listed_clients_get_through_an_encrypted_socket(start: Start, tmp_p
     with PolicyClient(runtime.endpoint, client="t", timeout_s=ENOUGH_S, keys=arm) as client:
         client.request(GetStatus(), StatusReply)
     assert len(runtime.received) == 1
+
+
+def test_a_posted_request_is_answered_later_and_its_reply_is_kept_from_others(start: Start) -> None:
+    def script(message: Message, arrays: dict[str, Any]) -> Answer:
+        if message.request == 1:
+            return []  # the disk is slow
+        if message.request == 2:  # answered after the posted one, which came first
+            return [(StatusReply(request=1, status={"late": True}), None), (status(message), None)]
+        return [(Refused(request=message.request, code="storage", field="episode", message="disk full"), None)]
+
+    runtime = start(script)
+    with PolicyClient(runtime.endpoint, client="test", timeout_s=SHORT_S) as client:
+        first = client.post(GetStatus())
+        assert client.request(GetStatus(), StatusReply)[0].request == 2
+        assert client.collect(first, StatusReply).status == {"late": True}
+        refused = client.post(GetStatus())
+        with pytest.raises(RefusedError, match="disk full"):
+            client.collect(refused, StatusReply)
+        assert client.dropped == 0
+        runtime.script = mute
+        silent = client.post(GetStatus())
+        with pytest.raises(SilentError):
+            client.collect(silent, StatusReply)

@@ -224,6 +224,10 @@ def test_versions_and_bundles(
     bundle = f"runs/point/policies/{version}"
     assert ask(f"bundle inspect {bundle}")["spec"]["horizon"] == 4
     assert ask(f"bundle verify {bundle}") == {"version": version, "good": True}
+    # A run of its own starts from a bundle that was made elsewhere.
+    assert ask(f"policies add point {bundle} --set runs=elsewhere") == {"version": version}
+    (added,) = ask("policies list point --set runs=elsewhere")["policies"]
+    assert added["version"] == version and added["live"] and added["on_disk"]
     for line in ("policies list point", f"policies show point {version}", f"bundle inspect {bundle}"):
         assert version[:8] in in_process(prepared, monkeypatch, capsys, line)
 
