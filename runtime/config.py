@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
@@ -41,6 +41,3 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     log: LogConfig = LogConfig()
     keep_versions: Count = 20
     """Bundles of retired versions kept on disk for rollback; the registry remembers all."""
-
-
-Explore = Literal["sample", "mean"]

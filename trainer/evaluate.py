@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from bridge.endpoint import resolve_endpoint
+from bridge.errors import FieldtuneError
 from runtime.config import ServeConfig
 from runtime.durable import write_atomic
 from runtime.episodes import EpisodeLog
@@ -18,6 +19,10 @@ from runtime.server import PolicyServer
 from runtime.supervisor import Child
 from runtime.swap import Live
 from trainer.statistics import Evaluation, summarise
+
+
+class EvaluationError(FieldtuneError):
+    """The evaluation could not be brought to its end."""
 
 
 def evaluate(
@@ -57,9 +62,14 @@ def evaluate(
             _run(
                 server, children, schedule, lambda: progress(schedule.ended_count + len(done), len(plan)), stopped, warn
             )
-            if not schedule.finished:
+            if stopped() and not schedule.finished:
                 return None
-        rows = [row for row in log.index.after(0, limit=10**9) if (row.task, row.seed) in set(plan)]
+            if not schedule.finished:
+                raise EvaluationError(f"the server of the evaluation of {version[:12]} has died; its error is above")
+            if schedule.given_up:
+                warn(f"{len(schedule.given_up)} goals were given up after repeated aborts; the result lacks them")
+        wanted = set(plan)
+        rows = [row for row in log.index.after(0, limit=10**9) if (row.task, row.seed) in wanted]
     finally:
         log.close()
     evaluation = summarise(rows, version=version, horizon_steps=horizon_steps)
