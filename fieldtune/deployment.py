@@ -52,6 +52,18 @@ def find_config(name_or_path: str) -> Path:
     )
 
 
+def find_bundle(name_or_path: str) -> Path:
+    """The policy bundle that `name_or_path` means: a directory, or the name of a shipped one (`configs/policies`)."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    shipped = _shipped() / "policies" / name_or_path
+    if shipped.is_dir():
+        return shipped
+    known = ", ".join(sorted(entry.name for entry in (_shipped() / "policies").glob("*") if entry.is_dir()))
+    raise ConfigError(f"{name_or_path}: no such directory, and no shipped policy of that name ({known or 'none'})")
+
+
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
     """Read, override and check a deployment; raises `ConfigError`."""
     path = find_config(name_or_path)

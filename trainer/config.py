@@ -25,8 +25,8 @@ class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     horizon_steps: Count = 8
     """h: actions in a chunk."""
-    channels: tuple[Count, ...] = (32, 64, 96, 128)
-    """Channels of the convolutions of the image encoder; each halves the image."""
+    channels: tuple[Count, ...] = (48, 96, 128)
+    """Channels of the convolutions of the image encoder; the first reduces the image by 4, each other one by 2."""
     width: Count = 384
     """Width of the fusion MLP."""
     text_width: Count = 64
@@ -52,6 +52,9 @@ class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW's decay of matrices."""
     shift_px: Annotated[int, Meta(ge=0)] = 3
     """Largest random shift of the images, in pixels of the policy's image."""
+    auxiliary: Annotated[float, Meta(ge=0)] = 0.0
+    """Weight of predicting the simulator's privileged state from the policy's features, for pretraining only: the head
+    that does it is not exported. 0: none."""
 
 
 class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,6 +139,8 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     tasks: tuple[str, ...] = ()
     """Tasks to train on; empty: all tasks of the backend."""
+    start: str | None = None
+    """Bundle that supervised fine-tuning starts from: a shipped one by name, or a path; none: a fresh network."""
     train_first_seed: int = 10_000
     """Seeds of training episodes are drawn from here upwards ..."""
     train_seeds: Count = 900_000

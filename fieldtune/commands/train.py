@@ -9,7 +9,7 @@ from bridge.backends import make_backend
 from bridge.client import SilentError
 from bridge.messages import Announce, Serving
 from fieldtune.commands.common import Config, Json, Set, connect, err, out, print_json, progress_bar, run_dir, warn
-from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from runtime.supervisor import stop_on_signals
 
 ANNOUNCE_TRIES = 6
@@ -64,6 +64,7 @@ def sft(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int
             deployment.seed,
             progress=advance,
             stopped=stop.is_set,
+            start=find_bundle(deployment.trainer.start) if deployment.trainer.start else None,
         )
     if version is None:
         return 1

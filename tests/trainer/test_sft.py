@@ -22,12 +22,13 @@ from runtime.rundir import RunDir
 from trainer.config import DemosConfig, SFTConfig, TrainerConfig, VLAConfig
 from trainer.demos import collect_demos, demo_rows
 from trainer.samples import cloning_samples
-from trainer.sft import SFTError, cloning_error, learning_rate, run_sft
+from trainer.sft import run_sft
+from trainer.supervised import SFTError, cloning_error, learning_rate
 
 SPEC = make_backend(BackendConfig("point", {"size_px": 16})).spec
 CONFIG = TrainerConfig(
     demos=DemosConfig(per_task=32),
-    vla=VLAConfig(horizon_steps=4, channels=(8, 16), width=64, text_width=16, max_tokens=16, vocabulary=300),
+    vla=VLAConfig(horizon_steps=4, channels=(16, 32), width=64, text_width=16, max_tokens=16, vocabulary=300),
     sft=SFTConfig(steps=260, batch=48, lr=5e-3, shift_px=1),
 )
 
@@ -130,13 +131,14 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import msgspec
-import trainer.sft as sft
+import trainer.supervised
+from trainer.sft import run_sft
 from bridge.backends import make_backend
 from bridge.config import BackendConfig
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 
-sft.CHECKPOINT_EVERY_S = 0.0
+trainer.supervised.CHECKPOINT_EVERY_S = 0.0
 spec = make_backend(BackendConfig("point", {"size_px": 16})).spec
 
 def progress(step, steps):
@@ -145,7 +147,7 @@ def progress(step, steps):
         time.sleep(60)
 
 config = msgspec.json.decode(sys.argv[2], type=TrainerConfig)
-sft.run_sft(RunDir(Path(sys.argv[1])), spec, config, 0, progress)
+run_sft(RunDir(Path(sys.argv[1])), spec, config, 0, progress)
 """
 
 
