@@ -111,7 +111,7 @@ def kinematic_bound(goals: Iterable[tuple[str, int]]) -> KinematicBound:
 
 
 def measure_hand(backend: MetaWorld) -> HandMotion:
-    """Send the largest action along each axis both ways from the start of `reach-v3`, and keep the fastest direction."""
+    """Send the largest action both ways along each axis, from the start of `reach-v3`; the fastest direction counts."""
     motions = []
     for axis in range(3):
         for sign in (1.0, -1.0):

@@ -59,7 +59,7 @@ def test_the_rule_of_success_is_the_simulators(backend: MetaWorld, task: str) ->
             backend.apply(backend.expert_action())
             state = privileged(backend)
             point = (state[:3] if rule.contact_m is None else state[4:7]) + rule.offset_m
-            # The peg's head is turned a little in the hand, and the tool swings: hence the margin of a millimetre or so.
+            # The peg turns a little in the hand and the tool swings: hence the margins.
             gap = np.linalg.norm(np.array(rule.scale) * (point - state[36:39])) - rule.radius_m
             success = backend.outcome().status == "success"
             assert gap < 0.02 if success else gap > -0.002, (seed, step, gap)
