@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from trainer.results_data import Contestant, HeldOut, RunResults, made_in
@@ -31,7 +32,9 @@ def render(groups: Mapping[str, Group], pictures: Mapping[str, Mapping[str, str]
     ]
     for title, group in groups.items():
         parts += [f"## {title}", _headline(group), _by_task(group), _held_out(group), _seeds(group)]
-        parts += [f"![{caption}]({path})\n\n*{caption}*" for caption, path in pictures.get(title, {}).items()]
+        parts += [
+            f"![{PurePosixPath(path).stem}]({path})\n\n*{caption}*" for caption, path in pictures.get(title, {}).items()
+        ]
     parts += ["## The kinematic bound", _bound(runs), "## What ran", _facts(runs)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -213,18 +216,17 @@ def _bound(runs: Group) -> str:
 
 
 def _facts(runs: Group) -> str:
-    rows = []
-    for contestant in runs:
-        run = contestant.run
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for run in (contestant.run for contestant in runs):
         where = run.environment
         libraries = (
             ", ".join(f"{name} {version}" for name, version in where.libraries.items()) if where else "not noted"
         )
         computer = ", ".join(f"{name} {value}" for name, value in where.computer.items()) if where else "not noted"
-        rows.append(
-            [f"`{run.name}`", computer, f"{run.deployment['bridge']['workers']}", libraries, _trained(run.deployment)]
-        )
-    return _markdown(["run", "computer", "simulators", "libraries", "seeds of training goals"], rows) + (
+        simulators = str(run.deployment["bridge"]["workers"])
+        alike.setdefault((computer, simulators, libraries, _trained(run.deployment)), []).append(f"`{run.name}`")
+    rows = [[", ".join(names), *facts] for facts, names in alike.items()]
+    return _markdown(["runs", "computer", "simulators", "libraries", "seeds of training goals"], rows) + (
         "\n\nVersions in full:\n\n" + "\n".join(_hashes(run.run) for run in runs)
     )
 

@@ -24,6 +24,7 @@ EXPERT, BOUND = "#808890", "#b03030"
 OVERALL_WINDOWS, TASK_WINDOWS = 40, 16
 DPI = 150
 Kind = Literal["success", "steps"]
+Axis = Literal["steps", "hours"]
 
 
 class Window(Struct, frozen=True):
@@ -69,18 +70,9 @@ def draw(group: Sequence[Contestant], directory: Path, stem: str) -> dict[str, P
         )
     ]
     if len(tasks) > 1:
-        pictures += [
-            (
-                "success-by-task",
-                f"Success while exploring, by task, Wilson 95 %. {beside}",
-                _by_task(group, tasks, "success"),
-            ),
-            (
-                "steps-by-task",
-                f"Steps over successes while exploring, by task. {beside}",
-                _by_task(group, tasks, "steps"),
-            ),
-        ]
+        for kind, by in itertools.product(_KINDS, _AXES):
+            what = f"{_KINDS[kind].capitalize()} while exploring, by task, against {_AXES[by]}. {beside}"
+            pictures.append((f"{kind}-by-task-{by}", what, _by_task(group, tasks, kind, by)))
     learned = [run for run in runs if run.metrics]
     if learned:
         pictures.append(
@@ -99,7 +91,7 @@ def draw(group: Sequence[Contestant], directory: Path, stem: str) -> dict[str, P
 
 def _curves(group: Sequence[Contestant]) -> Figure:
     figure, axes = _grid(2, 2, (9.2, 5.8))
-    for (row, kind), (column, by) in itertools.product(enumerate(_KINDS), enumerate(("steps", "hours"))):
+    for (row, kind), (column, by) in itertools.product(enumerate(_KINDS), enumerate(_AXES)):
         panel = axes[row][column]
         for contestant, colour in zip(group, itertools.cycle(COLOURS), strict=False):
             run = contestant.run
@@ -112,7 +104,7 @@ def _curves(group: Sequence[Contestant]) -> Figure:
     return figure
 
 
-def _by_task(group: Sequence[Contestant], tasks: Sequence[str], kind: Kind) -> Figure:
+def _by_task(group: Sequence[Contestant], tasks: Sequence[str], kind: Kind, by: Axis) -> Figure:
     columns = min(5, len(tasks))
     lines = -(-len(tasks) // columns)
     figure, axes = _grid(lines, columns, (2.6 * columns, 2.3 * lines))
@@ -123,14 +115,14 @@ def _by_task(group: Sequence[Contestant], tasks: Sequence[str], kind: Kind) -> F
             continue
         for contestant, colour in zip(group, itertools.cycle(COLOURS), strict=False):
             run = contestant.run
-            own = [(row, x) for row, x in zip(run.rows, _position(run, "steps"), strict=True) if row.task == task]
+            own = [(row, x) for row, x in zip(run.rows, _position(run, by), strict=True) if row.task == task]
             found = windows([row for row, _ in own], [x for _, x in own], kind, TASK_WINDOWS)
             _band(panel, found, colour, f"seed {run.seed}")
         _references(panel, group[0], kind, task)
         panel.set_title(task.removesuffix("-v3"), fontsize=9, loc="left")
-        _label(panel, kind, "steps", small=True)
+        _label(panel, kind, by, small=True)
     panels[0].legend(frameon=False, fontsize=7)
-    figure.supxlabel("environment steps of all tasks", fontsize=9)
+    figure.supxlabel(_AXES[by], fontsize=9)
     figure.supylabel(_KINDS[kind], fontsize=9)
     return figure
 
@@ -181,6 +173,7 @@ def _buffer(runs: Sequence[RunResults], tasks: Sequence[str]) -> Figure:
 
 
 _KINDS: dict[Kind, str] = {"success": "success", "steps": "steps over successes"}
+_AXES: dict[Axis, str] = {"steps": "environment steps", "hours": "hours of post-training"}
 
 
 def _grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[list[Axes]]]:
@@ -197,14 +190,15 @@ def _grid(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, l
     return figure, axes
 
 
-def _label(panel: Axes, kind: Kind, by: str, *, small: bool = False) -> None:
+def _label(panel: Axes, kind: Kind, by: Axis, *, small: bool = False) -> None:
     if kind == "success":
         panel.set_ylim(-0.02, 1.03)
     else:
         panel.set_ylim(bottom=0)
     if not small:
         panel.set_ylabel(_KINDS[kind])
-        panel.set_xlabel("environment steps" if by == "steps" else "hours of post-training")
+        panel.set_xlabel(_AXES[by])
+    panel.set_xlim(left=0)
     if by == "hours":
         panel.xaxis.set_major_formatter(ScalarFormatter())
 
@@ -226,7 +220,7 @@ def _references(panel: Axes, contestant: Contestant, kind: Kind, task: str | Non
         panel.axhline(bound, color=BOUND, linewidth=1, linestyle=":")
 
 
-def _position(run: RunResults, by: str) -> list[float]:
+def _position(run: RunResults, by: Axis) -> list[float]:
     """Environment steps, or hours, at the end of each training episode."""
     if by == "hours":
         return training_hours(run)

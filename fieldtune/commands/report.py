@@ -43,7 +43,11 @@ def report(runs: Runs, /, *, overrides: Set = (), results: Path | None = None, a
         raise ConfigError("no run was named; expected configurations or directories of runs")
     deployments = [find_run(name, overrides) for name in runs]
     if results is not None:
-        out.print(f"results: {make_results(deployments, results, quiet=as_json)}")
+        page = make_results(deployments, results, quiet=as_json)
+        if as_json:
+            print_json({"results": str(page)})
+        else:
+            out.print(f"results: {page}")
         return 0
     codes = [single(name, deployment, as_json) for name, deployment in zip(runs, deployments, strict=True)]
     return max(codes)

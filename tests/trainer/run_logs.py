@@ -69,6 +69,7 @@ def make_run(
     before: Evaluation | None,
     after: Evaluation | None,
     *,
+    backend: str = "metaworld",
     seed: int = 0,
     demos: int = 10,
     iterations: int = 8,
@@ -79,7 +80,7 @@ def make_run(
     run.path.mkdir(parents=True)
     deployment = Deployment(
         name=path.name,
-        backend=BackendConfig("metaworld"),
+        backend=BackendConfig(backend),
         seed=seed,
         trainer=TrainerConfig(demos=DemosConfig(per_task=demos)),
     )

@@ -1,5 +1,6 @@
 """The results of several runs: the figures are those of the logs, for three seeds, for one, and for unfinished runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from run_logs import EPISODE_S, FIRST, LAST, evaluation, make_run, pooled_steps,
 from bridge.backends.metaworld_bound import GoalBound, HandMotion, KinematicBound
 from bridge.backends.metaworld_tasks import MT10
 from bridge.config import BackendConfig
+from fieldtune import cli
 from runtime.rundir import RunDir
+from trainer.evaluate import load_evaluation
 from trainer.expert import bound_of, evaluate_expert
 from trainer.results import grouped, write_results
 from trainer.results_data import Contestant, ResultsError, read_run, training_hours
+from trainer.results_page import render
 from trainer.results_plots import windows
 from trainer.results_table import headline, verdict
 from trainer.statistics import Evaluation, ratio_interval, t_interval, wilson
@@ -87,7 +91,7 @@ def test_what_a_run_cost(three: list[Contestant]) -> None:
     assert training_hours(paused)[-1] == pytest.approx(hours[-1])
 
 
-def test_the_page_shows_both_sets_and_every_picture(three: list[Contestant], tmp_path: Path) -> None:
+def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> None:
     make_run(tmp_path / "many", MT10, result(FIRST, 76, 1), result(LAST, 40), demos=100)
     store_evaluation(RunDir(tmp_path / "many").evaluation(LAST + "-held-out"), result(LAST, 41, 4))
     runs = [contestant(tmp_path / "many"), *three]
@@ -95,8 +99,7 @@ def test_the_page_shows_both_sets_and_every_picture(three: list[Contestant], tmp
         "10 demonstrations a task": ["s0", "s1", "s2"],
         "100 demonstrations a task": ["many"],
     }
-    page = write_results(runs, tmp_path / "docs" / "results.md")
-    text = page.read_text(encoding="utf-8")
+    text = render(grouped(runs), {"100 demonstrations a task": {"A caption.": "pictures/some-name.png"}})
     small, large = text.split("## 100 demonstrations a task")
     assert "Mean over 3 seeds" in small and "One seed (n = 1)" in large
     assert (
@@ -113,17 +116,23 @@ def test_the_page_shows_both_sets_and_every_picture(three: list[Contestant], tmp
             rf"\| {task} \| 78\.5 \[[\d., ]+\] \| {steps:.1f} \[[\d., ]+\] \| 75\.5 \[[\d., ]+\] \| 40\.0 \|", small
         )
     assert "Held-out instructions" not in small and "| held-out | 0 | - | 0.600 [" in large
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 10 and all((page.parent / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+    assert "![some-name](pictures/some-name.png)\n\n*A caption.*" in large and "![" not in small
     for version in (FIRST, LAST):
         assert version in text
     assert "Unfinished" not in text
 
 
-def test_other_tasks_have_no_goals(tmp_path: Path) -> None:
+def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) -> None:
     tasks = MT10[:2]
-    make_run(tmp_path / "two", tasks, result(FIRST, 78, tasks=tasks), result(LAST, 70, tasks=tasks))
-    assert all(line.goal is None and verdict(line) == "" for line in headline([contestant(tmp_path / "two")]))
+    make_run(
+        tmp_path / "two", tasks, result(FIRST, 78, tasks=tasks), result(LAST, 70, tasks=tasks), episodes_per_task=20
+    )
+    runs = [contestant(tmp_path / "two")]
+    assert all(line.goal is None and verdict(line) == "" for line in headline(runs))
+    page = write_results(runs, tmp_path / "docs" / "results.md")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert len(pictures) == len(set(pictures)) == 7
+    assert all((page.parent / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
 
 
 def test_unfinished_runs_say_so(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
         ("early", "post-training has not made a version"),
         ("late", "the first version is not evaluated"),
     ):
-        text = write_results([contestant(tmp_path / name)], tmp_path / "out" / f"{name}.md").read_text(encoding="utf-8")
+        text = render(grouped([contestant(tmp_path / name)]), {})
         assert f"- `{name}`: {missing}" in text and "| - |" in text
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ResultsError, match="not a run"):
@@ -170,6 +179,22 @@ def test_the_expert_on_the_goals_of_an_evaluation(tmp_path: Path) -> None:
     short = evaluate_expert(run, config, goals, 3, lambda *_: None)  # another horizon is another evaluation
     assert short is not None and short.overall.successes == 0 and short.overall.steps_all == 3
     assert bound_of(run, config, goals) is None
+
+
+def test_the_command_takes_directories_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = tmp_path / "dot", tmp_path / "docs" / "results.md"
+    tasks = ("reach",)
+    make_run(path, tasks, result(FIRST, 30, tasks=tasks), result(LAST, 15, tasks=tasks), backend="point")
+    assert cli.run(["report", str(path), "--results", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"results": str(page)}
+    text = page.read_text(encoding="utf-8")
+    expert = load_evaluation(RunDir(path), "expert")
+    assert expert is not None and expert.overall.n == GOALS and "None is known for these tasks." in text
+    assert f"| reach | 30.5 [30.2, 30.8] | 15.5 [15.2, 15.8] | {expert.overall.steps:.1f} [" in text
+    assert cli.run(["report", str(path), "--set", "seed=1"]) == 2
+    assert "--set is for configurations" in capsys.readouterr().err
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
 
 
 def test_intervals_over_seeds_and_of_a_ratio() -> None:
