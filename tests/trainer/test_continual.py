@@ -128,7 +128,8 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
     wanted = (
         "iteration unix_s minutes env_steps episodes version success steps_to_success success_by_task steps_by_task "
         "buffer_episodes buffer_steps buffer_steps_by_task weight weight_by_task weight_inputs kl clip_fraction "
-        "policy_loss cloning_loss value_loss explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
+        "policy_loss cloning_loss value_loss "
+        "explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
         "dropped_stale aborted collect_wait_s learn_s"
     )
     assert set(wanted.split()) <= line.keys()
