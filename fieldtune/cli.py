@@ -29,7 +29,7 @@ COMMANDS = {
     "demos": ("fieldtune.commands.train:demos", "collect scripted demonstrations"),
     "sft": ("fieldtune.commands.train:sft", "fine-tune the VLA on the demonstrations; makes the first version"),
     "pretrain": ("fieldtune.commands.pretrain:pretrain", "make a base policy that others are fine-tuned from"),
-    "report": ("fieldtune.commands.report:report", "write report.html and report.json of a run"),
+    "report": ("fieldtune.commands.report:report", "write the report of a run, or one page of the results of several"),
     "status": ("fieldtune.commands.status:status", "show what a running deployment does"),
     "policies list": ("fieldtune.commands.policies:list_policies", "list the versions of a run"),
     "policies show": ("fieldtune.commands.policies:show_policy", "show one version and its lineage"),

@@ -13,6 +13,16 @@ class RunDir:
     path: Path
 
     @property
+    def config(self) -> Path:
+        """The resolved deployment, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Libraries and computer of the run, as JSON."""
+        return self.path / "environment.json"
+
+    @property
     def demos(self) -> Path:
         """Episode log of the demonstrations."""
         return self.path / "demos"

@@ -111,6 +111,11 @@ class DemoBuffer:
         steps = [entry.steps for entries in self._entries.values() for entry in entries]
         return float(np.mean(steps)) if steps else 0.0
 
+    def mean_steps_of(self, task: str) -> float | None:
+        """Mean length of the task's episodes in environment steps; None where it has none."""
+        steps = [entry.steps for entry in self._entries[task]]
+        return float(np.mean(steps)) if steps else None
+
     def entries(self, task: str) -> tuple[Entry, ...]:
         """What the buffer holds of one task, in order of admission."""
         return tuple(self._entries[task])

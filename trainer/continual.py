@@ -254,6 +254,7 @@ class ContinualTrainer:
             **metrics.results(episodes, self._tasks),
             "buffer_episodes": self._buffer.episodes,
             "buffer_steps": self._buffer.mean_steps,
+            "buffer_steps_by_task": {task: self._buffer.mean_steps_of(task) for task in self._tasks},
             "weight": weight.mean,
             "weight_by_task": weight.by_task,
             "weight_inputs": weight.inputs(),

@@ -23,6 +23,7 @@ from runtime.durable import write_atomic
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import Child, ChildFailedError, stop_on_signals
+from trainer.environment import this_environment
 from trainer.statistics import Evaluation
 
 RUNTIME_START_S = 60.0
@@ -118,8 +119,8 @@ def stopped(this: Up) -> int:
 
 
 def remember_config(run: RunDir, deployment: Deployment) -> None:
-    """Write the resolved configuration into the run; refuse one whose policy could not go on from what is there."""
-    path = run.path / "config.json"
+    """Note configuration and computer in the run; refuse a configuration whose policy could not go on from there."""
+    path = run.config
     if path.exists():
         earlier = msgspec.json.decode(path.read_bytes(), type=Deployment)
         for name, old, new in [
@@ -133,6 +134,7 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
                 )
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(deployment)))
+    write_atomic(run.environment, msgspec.json.format(msgspec.json.encode(this_environment())))
 
 
 def prepare(this: Up) -> bool:

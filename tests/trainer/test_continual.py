@@ -127,8 +127,9 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
     assert lines(run)[-1] == json.loads(json.dumps(line))
     wanted = (
         "iteration unix_s minutes env_steps episodes version success steps_to_success success_by_task steps_by_task "
-        "buffer_episodes buffer_steps weight weight_by_task weight_inputs kl clip_fraction policy_loss cloning_loss "
-        "value_loss explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
+        "buffer_episodes buffer_steps buffer_steps_by_task weight weight_by_task weight_inputs kl clip_fraction "
+        "policy_loss cloning_loss value_loss "
+        "explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
         "dropped_stale aborted collect_wait_s learn_s"
     )
     assert set(wanted.split()) <= line.keys()
@@ -137,6 +138,7 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
     rows = EpisodeIndex(run.episodes).after(0)
     assert line["env_steps"] == sum(row.steps for row in rows)
     assert 0 < line["weight"] < 1
+    assert np.mean([*line["buffer_steps_by_task"].values()]) == pytest.approx(line["buffer_steps"])
     assert line["sigma"] == pytest.approx(CONFIG.vla.sigma)
 
 

@@ -1,0 +1,60 @@
+"""What a run runs on: versions of libraries, and the computer. It is kept in the run, for reports written elsewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from runtime.rundir import RunDir
+
+LIBRARIES = ("fieldtune", "torch", "onnxruntime", "numpy", "pyzmq", "msgspec", "metaworld", "mujoco", "gymnasium")
+
+
+class Environment(Struct, frozen=True):
+    """Content of environment.json."""
+
+    libraries: dict[str, str]
+    """Version by name, of those that are installed."""
+    computer: dict[str, str]
+
+
+def this_environment() -> Environment:
+    """The libraries of this installation and this computer; `cores` are those that this process may use."""
+    return Environment(
+        libraries={name: found for name in LIBRARIES if (found := _library(name))},
+        computer={
+            "python": platform.python_version(),
+            "system": platform.system(),
+            "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+            "processor": _processor(),
+        },
+    )
+
+
+def load_environment(run: RunDir) -> Environment | None:
+    """What the run noted when it was last started; None if it did not."""
+    if not run.environment.exists():
+        return None
+    return msgspec.json.decode(run.environment.read_bytes(), type=Environment)
+
+
+def _library(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name: Linux says it in /proc alone."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
