@@ -9,6 +9,7 @@ from msgspec import Meta, Struct
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Correlation = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +38,8 @@ class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Size of the byte-level BPE vocabulary built from the deployment's instructions."""
     sigma: Positive = 0.2
     """Initial standard deviation of each action, in units of half its range."""
+    noise_correlation: Correlation = 0.0
+    """rho of the exploration noise along a chunk, an AR(1) process; 0 is white noise."""
 
 
 class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -34,7 +34,7 @@ from trainer.vla import VLA
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, in half ranges of the action; measured: about 1e-6."""
-_INTERFACE = ("cameras", "state", "action", "control_hz", "horizon", "tokens")
+_INTERFACE = ("cameras", "state", "action", "control_hz", "horizon", "tokens", "noise_correlation")
 
 
 class ExportError(FieldtuneError):

@@ -1,7 +1,7 @@
 """The check that is always on: before learning, the trainer's log-probs must be those that the runtime logged.
 
-PPO rests on rho = pi / mu, with mu as the runtime computed it through the exported graph. If, under the very weights
-that acted, the trainer computes anything else, then every gradient is wrong and nothing else would show it.
+PPO rests on the ratio pi / mu, with mu as the runtime computed it through the exported graph. If, under the very
+weights that acted, the trainer computes anything else, then every gradient is wrong and nothing else would show it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Behaviours:
 
 
 def check_ratio(batch: Batch, behaviours: Behaviours, rng: np.random.Generator) -> float:
-    """The largest |log rho| over up to 256 fresh decisions, each under the weights of its own behaviour policy.
+    """The largest |log ratio| over up to 256 fresh decisions, each under the weights of its own behaviour policy.
 
     Raises `RatioError` where it is above 0.02, after finding out what is broken:
     lineage: the log-probs are those of another version than the one that the decisions are stamped with, or unknown;
@@ -117,7 +117,11 @@ def _error(batch: Batch, rows: Tensor, policy: VLA) -> float:
     with torch.no_grad():
         mean, log_std = policy(seen.images, seen.state, seen.tokens)
         again = executed_log_prob(
-            batch.actions.index_select(0, rows), mean, log_std, batch.executed.index_select(0, rows)
+            batch.actions.index_select(0, rows),
+            mean,
+            log_std,
+            batch.executed.index_select(0, rows),
+            policy.spec.noise_correlation,
         )
     return float((again - batch.log_prob.index_select(0, rows)).abs().max())
 
