@@ -11,6 +11,10 @@ discount of one step,
     L_sbc = -log pi(a_i | o), mean over the executed actions a_i of the demonstration buffer
     total = w L_ppo + (1 - w) c L_sbc                                   w by task                   (trainer/weight.py)
 
+In an ablation L_sbc gives way to the KL to a frozen policy, mean over the executed actions of the minibatch,
+
+    L_kl  = sum_d (m_i - m_i')^2 / (2 s_i^2)                            between Gaussians of one and the same s
+
 Only executed actions enter the ratio, so the update stays exact where success, a time-out or a newer chunk cut a chunk
 short: the noise is white or AR(1) along the chunk, so the log-prob of a prefix does not depend on what comes after it
 (runtime/policy.py). L_sbc takes each action by its marginal and is the same squared error whatever the exploration is:
@@ -50,6 +54,7 @@ class Update:
 
     policy_loss: float
     cloning_loss: float
+    """L_sbc, or L_kl in its place."""
     kl: float
     """KL(mu || pi), estimated as mean(ratio - 1 - log ratio), which is unbiased and never negative."""
     clip_fraction: float
@@ -137,6 +142,16 @@ def cloning_loss(target: Tensor, mean: Tensor, log_std: Tensor, mask: Tensor, sc
     return wanted.sum() / mask.sum().clamp(min=1.0)
 
 
+def anchor_loss(mean: Tensor, frozen_mean: Tensor, log_std: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Mean over the actions with mask 1 of `scale` x L_kl, a scalar; arguments as in `cloning_loss`.
+
+    `frozen_mean` is that of the frozen policy, taken with the standard deviation of this one; like cloning it moves the
+    mean only and takes each action by its marginal.
+    """
+    by_action = 0.5 * ((mean - frozen_mean) * torch.exp(-log_std.detach())).square().sum(dim=-1)
+    return torch.where(mask > 0, by_action * scale[:, None], 0.0).sum() / mask.sum().clamp(min=1.0)
+
+
 def approximate_kl(log_ratio: Tensor) -> Tensor:
     """Estimate of KL(mu || pi) `[B]` from actions of mu: ratio - 1 - log ratio."""
     return log_ratio.exp() - 1 - log_ratio
@@ -170,6 +185,7 @@ def update(
     config: PPOConfig,
     *,
     cloning_scale: float,
+    frozen: VLA | None = None,
     shift_px: int,
     rng: np.random.Generator,
     generator: torch.Generator,
@@ -179,14 +195,17 @@ def update(
     behaviour policy passes `config.target_kl`. None, with the policy half changed, if `stopped` came first.
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
-    buffer are shifted by up to `shift_px`, as in supervised fine-tuning.
+    buffer are shifted by up to `shift_px`, as in supervised fine-tuning. With `frozen`, L_kl to it takes the place of
+    L_sbc, and the buffer is not used.
     """
     task = batch.observations.task
     normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.fresh).astype(np.float32))
     w = torch.from_numpy(weight)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    clone = cloning_scale > 0 and buffer.episodes > 0
     reduced = reduced_precision(vla, batch, config.clip)
+    held = cloning_scale > 0
+    frozen_mean = _means(frozen, batch, config.minibatch, reduced) if held and frozen is not None else None
+    clone = held and frozen is None and buffer.episodes > 0
     correlation = vla.spec.noise_correlation
     zero = torch.zeros(())
     grad_norm, gradient_steps, kl_stop = 0.0, 0, False
@@ -204,7 +223,9 @@ def update(
             by_decision = ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
             kl = float(approximate_kl(log_ratio.detach()).mean())
             cloned = zero
-            if clone:
+            if frozen_mean is not None:
+                cloned = anchor_loss(mean, frozen_mean.index_select(0, rows), log_std, executed, (1 - w)[seen.task])
+            elif clone:
                 count = max(1, round(len(rows) * CLONING_SHARE))
                 cloned = _buffer_loss(vla, buffer, 1 - w, count, shift_px, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
@@ -266,6 +287,16 @@ def _buffer_loss(
     mean, log_std = _forward(vla, images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), reduced)
     scale = scale_by_task[torch.from_numpy(task)]
     return cloning_loss(torch.from_numpy(samples.target), mean, log_std, torch.from_numpy(samples.mask), scale)
+
+
+def _means(policy: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:
+    """Means of a policy that does not learn, float32 `[N, h, d]`, in the precision of the policy that does."""
+    parts = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(batch)), rows_at_once):
+            seen = batch.observations.rows(rows)
+            parts.append(_forward(policy, seen.images, seen.state, seen.tokens, reduced)[0])
+    return torch.cat(parts)
 
 
 def _forward(

@@ -128,6 +128,17 @@ def load_weights(vla: VLA, bundle: Bundle) -> None:
             tensor.copy_(torch.from_numpy(np.array(bundle.weights[name])))
 
 
+def become(vla: VLA, bundle: Bundle) -> None:
+    """Give `vla` weights and exploration noise of a version of the same network; raises `BundleError`."""
+    before = vla.spec
+    vla.spec = msgspec.structs.replace(before, noise_correlation=bundle.spec.noise_correlation)
+    try:
+        load_weights(vla, bundle)
+    except BundleError:
+        vla.spec = before
+        raise
+
+
 def weight_tensors(vla: VLA) -> dict[str, Tensor]:
     """What a version's weights are, by the names of the graph's initializers: parameters and state statistics."""
     # Without state there are statistics of nothing, which are in no graph.

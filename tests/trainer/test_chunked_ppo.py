@@ -12,6 +12,7 @@ from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
 from trainer.chunked_ppo import (
     advantages,
+    anchor_loss,
     approximate_kl,
     cloning_loss,
     executed_log_prob,
@@ -179,6 +180,21 @@ def test_cloning_loss_is_the_mean_over_executed_actions_and_leaves_sigma_alone()
     assert log_std.grad is None
 
 
+def test_anchor_loss_is_the_kl_to_the_frozen_policy_and_leaves_sigma_alone() -> None:
+    torch.manual_seed(0)
+    mean, frozen = torch.randn(2, 3, 2, requires_grad=True), torch.randn(2, 3, 2)
+    log_std = torch.full((2, 3, 2), -0.7, requires_grad=True)
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    scale = torch.tensor([1.0, 0.5])
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, log_std.exp()), normal(frozen, log_std.exp())).sum(-1)
+    loss = anchor_loss(mean, frozen, log_std, mask, scale)
+    assert loss.item() == pytest.approx(((kl[0, 0] + kl[0, 1] + 0.5 * kl[1, 0]) / 3).item(), rel=1e-5)
+    torch.autograd.backward(loss)
+    assert log_std.grad is None
+    assert mean.grad is not None and ((mean.grad != 0).all(dim=2) == (mask > 0)).all()
+
+
 # --- the whole update, on a problem with a known answer ---------------------------------------------------------------
 
 SPEC = policy_spec()
@@ -215,6 +231,7 @@ def run_update(
     w: float = 1.0,
     c: float = 0.0,
     buffer: DemoBuffer | None = None,
+    frozen: VLA | None = None,
     config: PPOConfig = CONFIG,
     optimiser: torch.optim.Optimizer | None = None,
 ):
@@ -227,6 +244,7 @@ def run_update(
         np.full(2, w, np.float32),
         config,
         cloning_scale=c,
+        frozen=frozen,
         shift_px=1,
         rng=np.random.default_rng(0),
         generator=torch.Generator().manual_seed(0),
@@ -325,6 +343,33 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
     run_update(correlated, batch, np.zeros(64), w=0.0, c=1.0, buffer=buffer, config=config)
     for mine, other in zip(vla.parameters(), correlated.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_an_anchor_holds_the_policy_where_the_frozen_one_is() -> None:
+    vla, frozen = tiny_vla(), tiny_vla()
+    with torch.no_grad():
+        frozen.head.bias += 0.5
+    batch = sampled_batch(vla, [4] * 64, 0)
+
+    def distance() -> float:
+        seen = batch.observations
+        with torch.no_grad():
+            ours, theirs = (policy(seen.images, seen.state, seen.tokens)[0] for policy in (vla, frozen))
+        return float((ours - theirs).abs().mean())
+
+    before = distance()
+    config = PPOConfig(lr=3e-3, epochs=40, minibatch=64, target_kl=1e9)
+    kept = [parameter.clone() for parameter in frozen.parameters()]
+    result = run_update(
+        vla, batch, np.random.default_rng(0).normal(size=64), w=0.0, c=1.0, frozen=frozen, config=config
+    )
+    assert result is not None
+    assert distance() < 0.3 * before
+    assert all(torch.equal(now, old) for now, old in zip(frozen.parameters(), kept, strict=True))
+    # From where the frozen policy is there is nothing to pull at.
+    there = tiny_vla()
+    run_update(there, batch, np.zeros(64), w=0.0, c=1.0, frozen=tiny_vla(), config=config)
+    assert all(torch.equal(now, old) for now, old in zip(there.parameters(), tiny_vla().parameters(), strict=True))
 
 
 def test_a_stop_ends_it() -> None:

@@ -81,7 +81,10 @@ def test_runtime_and_trainer_agree(run: RunDir) -> None:
     assert check(run, behaviours) < 1e-3
 
 
-def test_correlated_noise_agrees_through_the_real_server(run: RunDir, serve: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("play_steps", [None, 3])
+def test_correlated_noise_agrees_through_the_real_server(
+    run: RunDir, serve: Callable[..., Any], play_steps: int | None
+) -> None:
     white = read_bundle(run.policies / str(Registry(run.registry).live()))
     parts = {name: (white.path / name).read_bytes() for name in PARTS if name != "policy.yaml"}
     version = write_bundle(run.policies, replace(white.spec, noise_correlation=0.8), parts)
@@ -93,19 +96,20 @@ def test_correlated_noise_agrees_through_the_real_server(run: RunDir, serve: Cal
     drive_bridge(
         make_backend(BACKEND),
         serving.client(),
-        BridgeConfig(),
+        BridgeConfig(play_steps=play_steps),
         stopped=lambda: False,
         report=lambda _report, _assignment: None,
         warn=pytest.fail,
         episodes=6,
     )
     serving.stop()
-    _, _, behaviours = setup(run)
+    vla, _, behaviours = setup(run)
     batch = batch_of(run, behaviours)
-    assert set(batch.executed.sum(dim=1).tolist()) > {4.0}, "every chunk was played to its end"
+    assert set(batch.executed.sum(dim=1).tolist()) > {play_steps or 4}, "every chunk was played to its end"
     assert check_ratio(batch, behaviours, np.random.default_rng(0)) < 1e-3
     # Were the noise taken for white, the gap would be far above what is tolerated.
-    behaviours.policy(version).spec = white.spec
+    vla.spec = white.spec
+    behaviours.remember(version, vla)
     with pytest.raises(RatioError):
         check_ratio(batch, behaviours, np.random.default_rng(0))
 
