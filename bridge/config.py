@@ -41,6 +41,8 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """This client's directory made by `fieldtune keys`; needed when the runtime has keys."""
     horizon_steps: Count = 200
     """Environment steps after which an episode is cut off; counted as a time-out."""
+    play_steps: Count | None = None
+    """Actions of a chunk that are played before the next is asked for; all of them if null or more than it has."""
     request_timeout_s: Positive = 10.0
     """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
     give_up_after_s: Positive = 60.0

@@ -67,9 +67,11 @@ def run_episode(
     session: str,
     assignment: Assignment,
     stopped: Callable[[], bool],
+    play_steps: int | None = None,
 ) -> EpisodeReport | None:
     """Drive one episode to its end; None if `stopped` came first (the runtime then keeps it as aborted).
 
+    Of each chunk the first `play_steps` actions are played (None: all), then the next chunk is asked for.
     Every action executed is one of a chunk that came for the observation before it; nothing is played from an earlier
     episode. Raises what `PolicyClient` raises; the backend has been stopped by then.
     """
@@ -94,7 +96,7 @@ def run_episode(
             actions = checked_actions(chunk, arrays, assignment.episode, len(spec.action.names))
             versions[chunk.version] = None
             decisions += 1
-            sent, rewards, status = _play(backend, actions[: assignment.horizon_steps - steps], pacer)
+            sent, rewards, status = _play(backend, actions[:play_steps][: assignment.horizon_steps - steps], pacer)
             steps += len(sent)
             if status == "running" and steps >= assignment.horizon_steps:
                 status = "timeout"

@@ -94,7 +94,7 @@ def drive(
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
                 driving = True
-                result = run_episode(backend, client, session, answer, stopped)
+                result = run_episode(backend, client, session, answer, stopped, config.play_steps)
                 driving = False
                 if result is None:
                     break

@@ -66,6 +66,8 @@ class PolicySpec(Struct, frozen=True, forbid_unknown_fields=True):
     control_hz: float
     horizon: int
     tokens: int
+    noise_correlation: float = 0.0
+    """rho, 0 <= rho < 1: correlation of the exploration noise of neighbouring actions; see `runtime.policy`."""
     parent: str = ""
     """Version id of the policy that this one was trained from."""
     made: dict[str, Any] = {}
@@ -279,6 +281,7 @@ def check_spec(spec: PolicySpec) -> None:
         (math.isfinite(spec.control_hz) and spec.control_hz > 0, "control_hz", "must be above 0"),
         (0 < spec.horizon <= 1024, "horizon", "must be 1 to 1024 actions"),
         (0 <= spec.tokens <= 8192, "tokens", "must be 0 to 8192"),
+        (0 <= spec.noise_correlation < 1, "noise_correlation", "must be at least 0 and below 1"),
         (bool(graph_inputs(spec)), "cameras", "the policy sees nothing: no camera, no state and no instruction"),
     )
     for good, field, message in rules:

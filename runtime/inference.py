@@ -139,8 +139,9 @@ def _chunk(pending: Pending, policy: Infers, mean: Float32, log_std: Float32) ->
         return _failed(pending, policy, "the policy gave an action that is not finite")
     if not pending.explore:
         return Decided(pending, policy.version, mean, None)
-    actions = sample_chunk(mean, log_std, decision_rng(pending.episode, pending.decision))
-    logged = log_prob(actions, mean, log_std)
+    correlation = policy.spec.noise_correlation
+    actions = sample_chunk(mean, log_std, correlation, decision_rng(pending.episode, pending.decision))
+    logged = log_prob(actions, mean, log_std, correlation)
     if not (np.isfinite(actions).all() and np.isfinite(logged).all()):
         return _failed(pending, policy, "the policy gave a standard deviation that cannot be sampled from")
     return Decided(pending, policy.version, actions, logged)

@@ -189,20 +189,38 @@ def encode(tokenizer: Tokenizer, text: str, max_tokens: int) -> NDArray[np.int64
     return ids
 
 
-def sample_chunk(mean: Float32, log_std: Float32, rng: np.random.Generator) -> Float32:
-    """Draw a chunk, float32 `[h, d]`, from independent Gaussians with `mean` and `log_std` `[h, d]`."""
+def sample_chunk(mean: Float32, log_std: Float32, noise_correlation: float, rng: np.random.Generator) -> Float32:
+    """Draw a chunk, float32 `[h, d]`, around `mean` with `log_std` `[h, d]`: a_i = m_i + s_i eps_i.
+
+    With rho = `noise_correlation` and xi white noise, eps_0 = xi_0 and eps_i = rho eps_{i-1} + sqrt(1 - rho^2) xi_i, an
+    AR(1) process along the chunk. So every action has the standard deviation s_i whatever rho is, and rho = 0 is white
+    noise. Chunks are independent of each other.
+    """
     noise = rng.standard_normal(mean.shape)
+    innovation = math.sqrt(1 - noise_correlation**2)
+    for i in range(1, len(noise)):
+        noise[i] = noise_correlation * noise[i - 1] + innovation * noise[i]
     return (mean.astype(np.float64) + np.exp(log_std.astype(np.float64)) * noise).astype(np.float32)
 
 
-def log_prob(actions: Float32, mean: Float32, log_std: Float32) -> Float32:
-    """Log-density of each action, summed over its elements: float32 `[..., h]`; arguments `[..., h, d]`.
+def log_prob(actions: Float32, mean: Float32, log_std: Float32, noise_correlation: float) -> Float32:
+    """Log-density of each action given those before it in the chunk, summed over its elements: float32 `[..., h]`;
+    the arrays are `[..., h, d]`, rho = `noise_correlation` as in `sample_chunk`.
 
-    log N(a; m, s) = -((a - m) / s)^2 / 2 - log s - log(2 pi) / 2, in float64 on the actions as they are logged.
+    With z_i = (a_i - m_i) / s_i the noise is xi_0 = z_0, xi_i = (z_i - rho z_{i-1}) / sqrt(1 - rho^2), and
+
+        log p_i = -xi_i^2 / 2 - log s_i - log(2 pi) / 2 - log sqrt(1 - rho^2)       without the last term for i = 0.
+
+    An action depends on those before it only, so the sum over the first k is the exact log-prob of an executed prefix
+    of k actions. That is why the noise is AR(1): a general covariance would have to be factorised for each k.
+    Computed in float64, on the actions as they are logged.
     """
     m, s = mean.astype(np.float64), log_std.astype(np.float64)
-    z = (actions.astype(np.float64) - m) * np.exp(-s)
-    result: Float32 = (-0.5 * z**2 - s - _LOG_SQRT_2PI).sum(-1).astype(np.float32)
+    xi = (actions.astype(np.float64) - m) * np.exp(-s)
+    innovation = math.sqrt(1 - noise_correlation**2)
+    xi[..., 1:, :] = (xi[..., 1:, :] - noise_correlation * xi[..., :-1, :]) / innovation
+    s[..., 1:, :] += math.log(innovation)
+    result: Float32 = (-0.5 * xi**2 - s - _LOG_SQRT_2PI).sum(-1).astype(np.float32)
     return result
 
 

@@ -1,8 +1,9 @@
 """The on-policy batch: the decisions of whole exploring episodes, one row each, with their rewards.
 
-Rewards are computed here from how the episode ended and how many actions ran, not taken from the backend: every step
-costs `step_cost`, the step that succeeds earns `success_reward`. Only what was executed counts: a chunk cut short after
-k actions has a reward over k steps, a discount gamma^k, and the log-prob of its first k actions.
+Rewards are computed here from how the episode ended and how many actions ran: every step costs `step_cost`, the step
+that succeeds earns `success_reward`. With `reward: backend`, an ablation, every step earns what the backend said,
+scaled, in place of the success. Only what was executed counts: a chunk cut short after k actions has a reward over k
+steps, a discount gamma^k, and the log-prob of its first k actions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge.backend import Observation
+from bridge.backend import Float32, Observation
 from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from runtime.episode import Decision, Episode
@@ -140,7 +141,9 @@ def build_batch(
         actions=torch.from_numpy(np.stack([decision.actions for decision in decisions]).astype(np.float32)),
         executed=torch.from_numpy(executed_mask),
         log_prob=torch.from_numpy(np.where(executed_mask > 0, log_prob, 0.0).sum(axis=1).astype(np.float32)),
-        reward=chunk_reward(k, np.array(success), config),
+        reward=chunk_reward(k, np.array(success), config)
+        if config.reward == "sparse"
+        else backend_reward([decision.reward for decision in decisions], config),
         discount=np.power(config.gamma, k.astype(np.float64)),
         terminated=np.array(terminated),
         last=np.array(last),
@@ -161,6 +164,12 @@ def chunk_reward(k: NDArray[np.int64], success: NDArray[np.bool_], config: PPOCo
     steps_discounted = np.concatenate([[0.0], np.cumsum(powers)])[k]
     earned: Float64 = np.where(success, config.success_reward * powers[np.maximum(k - 1, 0)], 0.0)
     return earned - config.step_cost * steps_discounted
+
+
+def backend_reward(rewards: Sequence[Float32], config: PPOConfig) -> Float64:
+    """R = sum_{i<k} gamma^i (reward_scale r_i - step_cost) of chunks, from the backend's `rewards`, `[k]` of each."""
+    steps = [config.reward_scale * own.astype(np.float64) - config.step_cost for own in rewards]
+    return np.array([np.power(config.gamma, np.arange(len(own))) @ own for own in steps])
 
 
 def _executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:

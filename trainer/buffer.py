@@ -1,7 +1,8 @@
 """The demonstration buffer: for each task the SFT demonstrations and the fastest of the policy's own successes.
 
 The rule is fieldtune's own design (the paper's is not public):
-- it starts with the demonstrations, the shortest ones if there are more than its capacity;
+- it starts with the demonstrations, the shortest ones if there are more than its capacity; with `admit: false` it stays
+  as it is then;
 - an own success is admitted if it took at most as many steps as the running quantile of the task's last successes;
 - when a task is full its slowest episode goes; among equally slow ones own episodes go before demonstrations, older
   before newer. So a demonstration leaves only in favour of something shorter.
@@ -52,6 +53,8 @@ class DemoBuffer:
         self, task: str, episode: str, steps: int, versions: Sequence[str], samples: Callable[[], CloningSamples]
     ) -> bool:
         """Offer an own successful episode; returns whether it was admitted. `samples` is called only if it may be."""
+        if not self._config.admit:
+            return False
         recent = self._recent_steps[task]
         recent.append(steps)
         if steps > np.quantile(np.array(recent), self._config.quantile):

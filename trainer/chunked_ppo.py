@@ -6,12 +6,20 @@ discount of one step,
     R     = sum_{i<k} gamma^i r_{t+i}                                   reward of the decision      (trainer/batch.py)
     delta = R + gamma^k V(o') (1 - terminated) - V(o)
     A     = delta + gamma^k lambda A'                                   GAE over decisions
-    rho   = exp(sum_{i<k} log pi(a_i | o) - sum_{i<k} log mu(a_i | o))  mu: the policy that acted
-    L_ppo = -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+    ratio = exp(sum_{i<k} log pi(a_i | o, a_{<i}) - log mu(a_i | o, a_{<i}))  mu: the policy that acted
+    L_ppo = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
     L_sbc = -log pi(a_i | o), mean over the executed actions a_i of the demonstration buffer
     total = w L_ppo + (1 - w) c L_sbc                                   w by task                   (trainer/weight.py)
 
-Only executed actions enter rho, so the update stays exact where success, a time-out or a newer chunk cut a chunk short.
+In an ablation L_sbc gives way to the KL to a frozen policy, mean over the executed actions of the minibatch,
+
+    L_kl  = sum_d (m_i - m_i')^2 / (2 s_i^2)                            between Gaussians of one and the same s
+
+Only executed actions enter the ratio, so the update stays exact where success, a time-out or a newer chunk cut a chunk
+short: the noise is white or AR(1) along the chunk, so the log-prob of a prefix does not depend on what comes after it
+(runtime/policy.py). L_sbc takes each action by its marginal and is the same squared error whatever the exploration is:
+the residual of a demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process.
+
 A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
 1707.06347; GAE, 1506.02438; action chunks and the two losses together, 2509.25718.
 """
@@ -34,8 +42,8 @@ from trainer.vla import VLA, log_prob
 
 CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
 PRECISION_SAMPLE = 128
-# bfloat16 halves the time of a gradient step, but rounds log rho: by 0.08 (standard deviation) for a chunk of 8 x 4
-# numbers at sigma 0.2, and in proportion to 1 / sigma. Up to this share of the clipping range it only blurs where
+# bfloat16 halves the time of a gradient step, but rounds the log-ratio: by 0.08 (standard deviation) for a chunk of
+# 8 x 4 numbers at sigma 0.2, and in proportion to 1 / sigma. Up to this share of the clipping range it only blurs where
 # clipping begins.
 PRECISION_SHARE = 0.5
 
@@ -46,8 +54,9 @@ class Update:
 
     policy_loss: float
     cloning_loss: float
+    """L_sbc, or L_kl in its place."""
     kl: float
-    """KL(mu || pi), estimated as mean(rho - 1 - log rho), which is unbiased and never negative."""
+    """KL(mu || pi), estimated as mean(ratio - 1 - log ratio), which is unbiased and never negative."""
     clip_fraction: float
     """Share of decisions whose ratio was outside the clipping range."""
     grad_norm: float
@@ -104,17 +113,19 @@ def normalise_by_task(advantage: Float64, task: NDArray[np.int64], used: NDArray
     return normalised
 
 
-def executed_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor, executed: Tensor) -> Tensor:
-    """sum_{i<k} log pi(a_i | o) `[B]`; actions, mean, log_std `[B, h, d]`, `executed` `[B, h]` is 1 for i < k.
+def executed_log_prob(
+    actions: Tensor, mean: Tensor, log_std: Tensor, executed: Tensor, noise_correlation: float
+) -> Tensor:
+    """sum_{i<k} log pi(a_i | o, a_{<i}) `[B]`; actions, mean, log_std `[B, h, d]`, `executed` `[B, h]` is 1 for i < k.
 
     What was never executed is cut out before the sum, so it gets no gradient.
     """
-    by_action = log_prob(actions, mean, log_std)
+    by_action = log_prob(actions, mean, log_std, noise_correlation)
     return torch.where(executed > 0, by_action, torch.zeros_like(by_action)).sum(dim=1)
 
 
 def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """L_ppo of each decision `[B]`, from log rho `[B]` and A `[B]`."""
+    """L_ppo of each decision `[B]`, from its log-ratio `[B]` and A `[B]`."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
@@ -123,15 +134,26 @@ def cloning_loss(target: Tensor, mean: Tensor, log_std: Tensor, mask: Tensor, sc
     """Mean over the actions with mask 1 of `scale` x L_sbc, a scalar; target, mean, log_std `[B, h, d]`, mask `[B, h]`,
     `scale` `[B]`.
 
-    It moves the mean only: cloning would otherwise shrink sigma, and with it what PPO can explore.
+    It moves the mean only: cloning would otherwise shrink sigma, and with it what PPO can explore. Every action counts
+    by its marginal, whatever the correlation of the policy's noise: see the head of this file.
     """
-    by_action = -log_prob(target, mean, log_std.detach())
+    by_action = -log_prob(target, mean, log_std.detach(), 0.0)
     wanted = torch.where(mask > 0, by_action * scale[:, None], torch.zeros_like(by_action))
     return wanted.sum() / mask.sum().clamp(min=1.0)
 
 
+def anchor_loss(mean: Tensor, frozen_mean: Tensor, log_std: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Mean over the actions with mask 1 of `scale` x L_kl, a scalar; arguments as in `cloning_loss`.
+
+    `frozen_mean` is that of the frozen policy, taken with the standard deviation of this one; like cloning it moves the
+    mean only and takes each action by its marginal.
+    """
+    by_action = 0.5 * ((mean - frozen_mean) * torch.exp(-log_std.detach())).square().sum(dim=-1)
+    return torch.where(mask > 0, by_action * scale[:, None], 0.0).sum() / mask.sum().clamp(min=1.0)
+
+
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(mu || pi) `[B]` from actions of mu: rho - 1 - log rho."""
+    """Estimate of KL(mu || pi) `[B]` from actions of mu: ratio - 1 - log ratio."""
     return log_ratio.exp() - 1 - log_ratio
 
 
@@ -163,6 +185,7 @@ def update(
     config: PPOConfig,
     *,
     cloning_scale: float,
+    frozen: VLA | None = None,
     shift_px: int,
     rng: np.random.Generator,
     generator: torch.Generator,
@@ -172,14 +195,18 @@ def update(
     behaviour policy passes `config.target_kl`. None, with the policy half changed, if `stopped` came first.
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
-    buffer are shifted by up to `shift_px`, as in supervised fine-tuning.
+    buffer are shifted by up to `shift_px`, as in supervised fine-tuning. With `frozen`, L_kl to it takes the place of
+    L_sbc, and the buffer is not used.
     """
     task = batch.observations.task
     normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.fresh).astype(np.float32))
     w = torch.from_numpy(weight)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    clone = cloning_scale > 0 and buffer.episodes > 0
     reduced = reduced_precision(vla, batch, config.clip)
+    held = cloning_scale > 0
+    frozen_mean = _means(frozen, batch, config.minibatch, reduced) if held and frozen is not None else None
+    clone = held and frozen is None and buffer.episodes > 0
+    correlation = vla.spec.noise_correlation
     zero = torch.zeros(())
     grad_norm, gradient_steps, kl_stop = 0.0, 0, False
     sums = _Pass()
@@ -191,12 +218,14 @@ def update(
             seen = batch.observations.rows(rows)
             mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
             executed = batch.executed.index_select(0, rows)
-            new = executed_log_prob(batch.actions.index_select(0, rows), mean, log_std, executed)
+            new = executed_log_prob(batch.actions.index_select(0, rows), mean, log_std, executed, correlation)
             log_ratio = new - batch.log_prob.index_select(0, rows)
             by_decision = ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
             kl = float(approximate_kl(log_ratio.detach()).mean())
             cloned = zero
-            if clone:
+            if frozen_mean is not None:
+                cloned = anchor_loss(mean, frozen_mean.index_select(0, rows), log_std, executed, (1 - w)[seen.task])
+            elif clone:
                 count = max(1, round(len(rows) * CLONING_SHARE))
                 cloned = _buffer_loss(vla, buffer, 1 - w, count, shift_px, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
@@ -231,10 +260,11 @@ def reduced_precision(vla: VLA, batch: Batch, clip: float) -> bool:
     rows = torch.from_numpy(np.flatnonzero(batch.fresh)[:PRECISION_SAMPLE])
     seen = batch.observations.rows(rows)
     actions, executed = batch.actions.index_select(0, rows), batch.executed.index_select(0, rows)
+    correlation = vla.spec.noise_correlation
     with torch.no_grad():
         exact, rounded = (
-            executed_log_prob(actions, *_forward(vla, seen.images, seen.state, seen.tokens, reduced), executed)
-            for reduced in (False, True)
+            executed_log_prob(actions, *_forward(vla, seen.images, seen.state, seen.tokens, low), executed, correlation)
+            for low in (False, True)
         )
     return float((rounded - exact).square().mean().sqrt()) <= PRECISION_SHARE * clip
 
@@ -257,6 +287,16 @@ def _buffer_loss(
     mean, log_std = _forward(vla, images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), reduced)
     scale = scale_by_task[torch.from_numpy(task)]
     return cloning_loss(torch.from_numpy(samples.target), mean, log_std, torch.from_numpy(samples.mask), scale)
+
+
+def _means(policy: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:
+    """Means of a policy that does not learn, float32 `[N, h, d]`, in the precision of the policy that does."""
+    parts = []
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(batch)), rows_at_once):
+            seen = batch.observations.rows(rows)
+            parts.append(_forward(policy, seen.images, seen.state, seen.tokens, reduced)[0])
+    return torch.cat(parts)
 
 
 def _forward(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
+Correlation = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +38,8 @@ class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Size of the byte-level BPE vocabulary built from the deployment's instructions."""
     sigma: Positive = 0.2
     """Initial standard deviation of each action, in units of half its range."""
+    noise_correlation: Correlation = 0.0
+    """rho of the exploration noise along a chunk, an AR(1) process; 0 is white noise."""
 
 
 class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,10 +79,19 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Decisions in a gradient step."""
     max_grad_norm: Positive = 1.0
     """Gradients longer than this are scaled down."""
+    reward: Literal["sparse", "backend"] = "sparse"
+    """What is rewarded: `sparse`, the success alone; `backend`, an ablation, the backend's own reward instead."""
     success_reward: float = 1.0
-    """Reward of the step that succeeds."""
+    """Reward of the step that succeeds, where the reward is sparse."""
+    reward_scale: Positive = 1.0
+    """The backend's own reward is multiplied by this, where it is used."""
     step_cost: Annotated[float, Meta(ge=0)] = 0.005
-    """Price of every step: it makes a shorter success worth more."""
+    """Price of every step: it makes a shorter success worth more. A backend's reward that is above it would pay for
+    putting success off, since an episode ends there."""
+    sigma: Positive | None = None
+    """Standard deviation that training starts with, in units of half the action's range; null: that of the bundle."""
+    noise_correlation: Correlation | None = None
+    """rho of the exploration noise along a chunk that training starts with; null: that of the bundle."""
     learn_sigma: bool = False
     """Whether PPO may change the standard deviation, which depends on neither task nor state."""
     critic_lr: Positive = 1e-3
@@ -97,6 +109,8 @@ class BufferConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     per_task: Count = 100
     """Episodes kept for each task."""
+    admit: bool = True
+    """Whether own successes are taken in; if not, the demonstrations are all there is to clone."""
     quantile: Fraction = 0.5
     """A success is admitted when it is at most as long as this quantile of the task's recent successes."""
     window: Count = 50
@@ -107,11 +121,16 @@ class WeightConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The weight w(t) between PPO and self behaviour cloning: total = w L_ppo + (1 - w) c L_sbc."""
 
     cloning_scale: Annotated[float, Meta(ge=0)] = 0.06
-    """c: scale of the cloning loss, a negative log-prob per action."""
+    """c: scale of the cloning loss, a negative log-prob per action. 0: PPO alone, with w = 1 after the warm-up."""
+    anchor: Literal["buffer", "sft"] = "buffer"
+    """What holds the policy: `buffer`, cloning the demonstration buffer; `sft`, the KL to the policy that the run
+    started from in place of the cloning loss."""
     ramp_iterations: Positive = 4.0
     """w rises as tanh(iterations after the critic's warm-up / this)."""
     w_max: Fraction = 0.9
-    """Largest w."""
+    """Largest w; 0 leaves the cloning loss alone."""
+    fixed: Fraction | None = None
+    """A constant w after the critic's warm-up in place of the adaptive one."""
 
 
 class StopConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -12,7 +12,9 @@ learned from twice and none is passed over.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -42,7 +45,7 @@ from trainer.chunked_ppo import Update, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
 from trainer.experience import Experience
-from trainer.export import Exporter, load_weights
+from trainer.export import Exporter, become, load_weights
 from trainer.ratio import Behaviours, check_ratio
 from trainer.vla import VLA
 from trainer.weight import Weight, WeightSchedule
@@ -142,11 +145,14 @@ class ContinualTrainer:
             weight={},
             rng="",
         )
+        self._frozen = self._first_version() if config.weight.anchor == "sft" else None
         if checkpoint:
             self._restore(checkpoint)
-        elif not self._experience.seed(self._buffer, self._tasks, config.demos):
-            warn(f"{run.demos} has no demonstrations: the buffer starts empty")
-        self._behaviours.remember(self.version, self._vla)
+        self._behaviours.remember(start, self._vla)
+        if not checkpoint:
+            if not self._experience.seed(self._buffer, self._tasks, config.demos):
+                warn(f"{run.demos} has no demonstrations: the buffer starts empty")
+            self._set_exploration()
         self._collect_wait_s = 0.0
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
@@ -183,17 +189,14 @@ class ContinualTrainer:
         while not self.finished():
             new = self._index.after(newest, PULL_ROWS)
             if new:
-                self._behaviours.set_history(self._live_history())
+                # An operator may have gone back to another version: then everything is older than it was.
+                self._follow_live()
                 rows += new
                 newest = new[-1].seq
-                ready += sum(self._is_fresh(row) for row in new)
+                ready = sum(self._is_fresh(row) for row in rows)
                 news_s = time.monotonic()
             if len(new) == PULL_ROWS:
                 continue
-            if ready >= wanted:
-                # An operator may have gone back to another version: then everything is older than it was.
-                self._follow_live()
-                ready = sum(self._is_fresh(row) for row in rows)
             if ready >= wanted:
                 self._collect_wait_s = time.monotonic() - began_s
                 return rows
@@ -203,6 +206,11 @@ class ContinualTrainer:
             self._stop.wait(POLL_S)
         return None
 
+    def _age(self, version: str) -> int:
+        """How many versions ago it acted; too many to learn from if it explored with another noise than is now."""
+        age, limit = self._behaviours.age(version), self._config.max_staleness_versions
+        return age if age > limit or self._behaviours.explored_like(version, self._vla) else age + limit + 1
+
     def _is_exploring(self, row: EpisodeRow) -> bool:
         if row.deleted or row.status == "aborted":
             return False
@@ -211,7 +219,7 @@ class ContinualTrainer:
     def _is_fresh(self, row: EpisodeRow) -> bool:
         """Whether PPO can learn from some of its decisions."""
         limit = self._config.max_staleness_versions
-        return self._is_exploring(row) and any(self._behaviours.age(version) <= limit for version in row.versions)
+        return self._is_exploring(row) and any(self._age(version) <= limit for version in row.versions)
 
     # --- one iteration ------------------------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class ContinualTrainer:
             self._tasks,
             self._config.ppo,
             tokens=self._tokens,
-            age=self._behaviours.age,
+            age=self._age,
             max_age=self._config.max_staleness_versions,
         )
         ratio_error = check_ratio(batch, self._behaviours, self._rng)
@@ -335,6 +343,7 @@ class ContinualTrainer:
             np.array([weight.by_task[task] for task in self._tasks], np.float32),
             self._config.ppo,
             cloning_scale=self._config.weight.cloning_scale,
+            frozen=self._frozen,
             shift_px=self._config.sft.shift_px,
             rng=self._rng,
             generator=self._generator,
@@ -351,6 +360,9 @@ class ContinualTrainer:
             "env_steps": self._state.env_steps,
             "episodes_seq": [rows[0].seq, rows[-1].seq],
         }
+        self._add_version(made)
+
+    def _add_version(self, made: dict[str, Any]) -> None:
         version = self._exporter.publish(self._run.policies, parent=self.version, made=made)
         self._registry.add(version, parent=self.version, made=made)
         self._behaviours.remember(version, self._vla)
@@ -369,11 +381,35 @@ class ContinualTrainer:
             history = self._live_history()
         elif live is not None and live != self.version:
             self._warn(f"version {live[:12]} was made live in place of {self.version[:12]}; going on from it")
-            load_weights(self._vla, read_bundle(self._run.policies / live))
+            become(self._vla, read_bundle(self._run.policies / live))
             self._actor_optimiser = self._new_actor_optimiser()
             self._behaviours.remember(live, self._vla)
             self._state.version = live
         self._behaviours.set_history(history)
+
+    def _set_exploration(self) -> None:
+        """Let the run explore with the noise that it asks for, if the version it starts from has another.
+
+        Nobody has to make its supervised fine-tuning again for that. What it makes is a version like any other, and the
+        runtime swaps to it before anything is learned.
+        """
+        ppo, spec = self._config.ppo, self._vla.spec
+        rho = spec.noise_correlation if ppo.noise_correlation is None else ppo.noise_correlation
+        log_sigma = self._vla.log_sigma.detach()
+        wanted = log_sigma if ppo.sigma is None else torch.full_like(log_sigma, math.log(ppo.sigma))
+        if rho == spec.noise_correlation and torch.equal(wanted, log_sigma):
+            return
+        self._vla.spec = msgspec.structs.replace(spec, noise_correlation=rho)
+        with torch.no_grad():
+            self._vla.log_sigma.copy_(wanted)
+        self._add_version({"command": "explore", "sigma": self._sigma(), "noise_correlation": rho})
+
+    def _first_version(self) -> VLA:
+        """The policy that the run started from, by lineage, as one that does not learn."""
+        first = self._registry.lineage(self.version)[-1].version
+        frozen = copy.deepcopy(self._vla).requires_grad_(False)
+        become(frozen, read_bundle(self._run.policies / first))
+        return frozen
 
     def _live_history(self) -> list[str]:
         return [change.version for change in self._registry.history()]

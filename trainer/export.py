@@ -34,7 +34,7 @@ from trainer.vla import VLA
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, in half ranges of the action; measured: about 1e-6."""
-_INTERFACE = ("cameras", "state", "action", "control_hz", "horizon", "tokens")
+_INTERFACE = ("cameras", "state", "action", "control_hz", "horizon", "tokens", "noise_correlation")
 
 
 class ExportError(FieldtuneError):
@@ -126,6 +126,17 @@ def load_weights(vla: VLA, bundle: Bundle) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(np.array(bundle.weights[name])))
+
+
+def become(vla: VLA, bundle: Bundle) -> None:
+    """Give `vla` weights and exploration noise of a version of the same network; raises `BundleError`."""
+    before = vla.spec
+    vla.spec = msgspec.structs.replace(before, noise_correlation=bundle.spec.noise_correlation)
+    try:
+        load_weights(vla, bundle)
+    except BundleError:
+        vla.spec = before
+        raise
 
 
 def weight_tensors(vla: VLA) -> dict[str, Tensor]:

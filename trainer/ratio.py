@@ -1,7 +1,7 @@
 """The check that is always on: before learning, the trainer's log-probs must be those that the runtime logged.
 
-PPO rests on rho = pi / mu, with mu as the runtime computed it through the exported graph. If, under the very weights
-that acted, the trainer computes anything else, then every gradient is wrong and nothing else would show it.
+PPO rests on the ratio pi / mu, with mu as the runtime computed it through the exported graph. If, under the very
+weights that acted, the trainer computes anything else, then every gradient is wrong and nothing else would show it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from bridge.errors import FieldtuneError
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import Bundle, PolicySpec, read_bundle
 from trainer.batch import Batch
 from trainer.chunked_ppo import executed_log_prob
-from trainer.export import load_weights, torch_outputs
+from trainer.export import become, torch_outputs
 from trainer.vla import VLA
 
 SAMPLE = 256
@@ -27,6 +27,8 @@ SAMPLE = 256
 # sigmas in use. 0.02 is far above that and a tenth of the clipping range, so what passes cannot matter to PPO.
 TOLERANCE = 0.02
 PROBE_TOLERANCE = 1e-3  # of an action's half range
+# Of log sigma between two versions that can be compared: a learned sigma moves by about a hundredth in an update.
+SIGMA_CHANGE = 0.1
 
 Weights = Mapping[str, Tensor]
 
@@ -49,7 +51,7 @@ class Behaviours:
         """`policies` holds the bundles; `keep` sets of weights stay in memory."""
         self._policies, self._keep = policies, keep
         self._scratch = copy.deepcopy(vla)
-        self._weights: dict[str, Weights] = {}
+        self._kept: dict[str, tuple[PolicySpec, Weights]] = {}
         self._history: list[str] = []
 
     def set_history(self, history: Sequence[str]) -> None:
@@ -58,10 +60,10 @@ class Behaviours:
 
     def remember(self, version: str, vla: VLA) -> None:
         """Keep a copy of the weights of a version that has just been made or loaded."""
-        self._weights.pop(version, None)
-        self._weights[version] = {name: tensor.detach().clone() for name, tensor in vla.state_dict().items()}
-        while len(self._weights) > self._keep:
-            del self._weights[next(iter(self._weights))]
+        self._kept.pop(version, None)
+        self._kept[version] = vla.spec, {name: tensor.detach().clone() for name, tensor in vla.state_dict().items()}
+        while len(self._kept) > self._keep:
+            del self._kept[next(iter(self._kept))]
 
     def age(self, version: str) -> int:
         """How many versions went live after this one last did. Raises `RatioError` if it never did."""
@@ -76,11 +78,25 @@ class Behaviours:
 
     def policy(self, version: str) -> VLA:
         """The policy with the weights of `version`; the same object each time, so use it before asking again."""
-        if version not in self._weights:
-            load_weights(self._scratch, self.bundle(version))
-            self.remember(version, self._scratch)
-        self._scratch.load_state_dict(self._weights[version])
+        self._scratch.spec, weights = self._of(version)
+        self._scratch.load_state_dict(weights)
         return self._scratch
+
+    def explored_like(self, version: str, vla: VLA) -> bool:
+        """Whether the noise of `version` was that of `vla`, or near it.
+
+        Where it was another (`ppo.sigma` and `ppo.noise_correlation` change it at the start), the ratio of every one of
+        its decisions is far from 1 whatever the means are, and there is nothing to learn from them.
+        """
+        spec, weights = self._of(version)
+        change = (weights["log_sigma"] - vla.log_sigma.detach()).abs().max()
+        return spec.noise_correlation == vla.spec.noise_correlation and float(change) <= SIGMA_CHANGE
+
+    def _of(self, version: str) -> tuple[PolicySpec, Weights]:
+        if version not in self._kept:
+            become(self._scratch, self.bundle(version))
+            self.remember(version, self._scratch)
+        return self._kept[version]
 
     def bundle(self, version: str) -> Bundle:
         """Its bundle on disk; raises `BundleError` if that is damaged or gone."""
@@ -88,11 +104,11 @@ class Behaviours:
 
     def recent(self) -> list[str]:
         """The versions whose weights are in memory."""
-        return list(self._weights)
+        return list(self._kept)
 
 
 def check_ratio(batch: Batch, behaviours: Behaviours, rng: np.random.Generator) -> float:
-    """The largest |log rho| over up to 256 fresh decisions, each under the weights of its own behaviour policy.
+    """The largest |log ratio| over up to 256 fresh decisions, each under the weights of its own behaviour policy.
 
     Raises `RatioError` where it is above 0.02, after finding out what is broken:
     lineage: the log-probs are those of another version than the one that the decisions are stamped with, or unknown;
@@ -117,7 +133,11 @@ def _error(batch: Batch, rows: Tensor, policy: VLA) -> float:
     with torch.no_grad():
         mean, log_std = policy(seen.images, seen.state, seen.tokens)
         again = executed_log_prob(
-            batch.actions.index_select(0, rows), mean, log_std, batch.executed.index_select(0, rows)
+            batch.actions.index_select(0, rows),
+            mean,
+            log_std,
+            batch.executed.index_select(0, rows),
+            policy.spec.noise_correlation,
         )
     return float((again - batch.log_prob.index_select(0, rows)).abs().max())
 

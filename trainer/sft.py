@@ -120,6 +120,7 @@ def policy_spec(name: str, spec: BackendSpec, config: TrainerConfig) -> PolicySp
         control_hz=spec.control_hz,
         horizon=config.vla.horizon_steps,
         tokens=config.vla.max_tokens,
+        noise_correlation=config.vla.noise_correlation,
     )
 
 

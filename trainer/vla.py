@@ -38,7 +38,7 @@ class VLAError(FieldtuneError):
 
 
 class VLA(nn.Module):
-    """The policy pi(chunk | images, state, instruction): independent Gaussians.
+    """The policy pi(chunk | images, state, instruction): Gaussians, correlated along the chunk as the spec says.
 
     Each camera has an encoder of its own, made for the size that the camera sends: the graph does not resize.
     `log_sigma` `[d]` is the learnable log standard deviation in half ranges of the action. State statistics are NaN,
@@ -176,10 +176,14 @@ def _reduced(side: int, halvings: int) -> int:
     return side
 
 
-def log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-density `[B, h]` of each action under the Gaussian, summed over its elements; all arguments `[B, h, d]`.
+def log_prob(actions: Tensor, mean: Tensor, log_std: Tensor, noise_correlation: float) -> Tensor:
+    """Log-density `[B, h]` of each action given those before it, summed over its elements; tensors `[B, h, d]`.
 
     The same formula as `runtime.policy.log_prob`, with gradients to `mean` and `log_std`.
     """
     z = (actions - mean) * torch.exp(-log_std)
-    return (-0.5 * z.square() - log_std - _LOG_SQRT_2PI).sum(-1)
+    innovation = math.sqrt(1 - noise_correlation**2)
+    xi = torch.cat([z[:, :1], (z[:, 1:] - noise_correlation * z[:, :-1]) / innovation], dim=1)
+    by_action = (-0.5 * xi.square() - log_std - _LOG_SQRT_2PI).sum(-1)
+    by_action[:, 1:] -= actions.shape[-1] * math.log(innovation)
+    return by_action

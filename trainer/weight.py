@@ -9,6 +9,9 @@
                 largest s - 2 e that there ever was:
                 max(0.1, min(1, s / 0.2) * clip(1 - (best - (s + e)) / 0.2, 0, 1))
 
+Two settings put a constant in its place, after the critic's warm-up: `fixed`, and `cloning_scale: 0`, for which w = 1:
+where nothing is cloned there is nothing to hand a task back to, and a smaller w would only make PPO's step shorter.
+
 Competence hands a task back to cloning when it succeeds less often than it has been seen to, and keeps it there while
 it hardly ever succeeds, for then its advantages are noise. Standard errors separate both ends of the comparison, since
 the best of many windows is a lucky one. It never reaches zero, because cloning alone drifts.
@@ -108,8 +111,14 @@ class WeightSchedule:
         brake = min(1.0, self._target_kl / self._kl) if self._kl > 0 else 1.0
         competence = {task: self.competence(task) for task in self._recent}
         common = self._config.w_max * ramp * critic * brake
+        by_task = {task: common * value for task, value in competence.items()}
+        constant = self._config.fixed
+        if constant is None and self._config.cloning_scale == 0:
+            constant = 1.0
+        if constant is not None and iterations_after_warmup > 0:
+            by_task = dict.fromkeys(by_task, constant)
         return Weight(
-            by_task={task: common * value for task, value in competence.items()},
+            by_task=by_task,
             ramp=ramp,
             critic=critic,
             brake=brake,

@@ -66,7 +66,8 @@ def direct(connection: Connection, deployment: Deployment, bundle: Path, core: i
                     explore=True,
                     arrived_s=0.0,
                 )
-                for action in decide(policy, [pending])[0].actions[: horizon_steps - step]:
+                actions = decide(policy, [pending])[0].actions[: deployment.bridge.play_steps]
+                for action in actions[: horizon_steps - step]:
                     backend.apply(action)
                     status = backend.outcome().status
                     step += 1

@@ -128,6 +128,16 @@ def test_the_horizon_cuts_the_last_chunk_and_is_a_timeout() -> None:
     assert client.ends[0][0].status == "timeout"
 
 
+@pytest.mark.parametrize(("play", "sent"), [(1, [1] * 10), (3, [3, 3, 3, 1]), (4, [4, 4, 2]), (9, [4, 4, 2])])
+def test_only_the_first_actions_of_a_chunk_are_played(play: int, sent: list[int]) -> None:
+    backend, client = FakeBackend(), FakeClient()
+    report = run_episode(backend, client, "s1", TASK, lambda: False, play)
+    assert report is not None
+    assert (report.status, report.steps, report.decisions) == ("timeout", 10, len(sent))
+    assert [len(arrays["sent"]) for _, arrays in client.reports] == sent
+    assert [float(arrays["state"][0]) for _, arrays in client.infers] == [sum(sent[:i]) for i in range(len(sent))]
+
+
 @pytest.mark.parametrize("status", ["success", "failure", "timeout"])
 def test_what_the_backend_says_at_the_last_step_counts_more_than_the_horizon(status: str) -> None:
     client = FakeClient()

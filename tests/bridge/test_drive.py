@@ -123,6 +123,20 @@ def test_episodes_are_driven_reported_and_stored(serve: Any, work: Start) -> Non
     assert worker.backend.calls[0] == "connect" and worker.backend.calls[-2:] == ["stop", "close"]
 
 
+def test_a_worker_plays_as_many_actions_of_a_chunk_as_it_is_told(serve: Any, work: Start) -> None:
+    from runtime.reading import read_episode
+
+    serving = serve(horizon_steps=7)
+    worker = work(serving.endpoint, episodes=2, play_steps=3)
+    worker.join()
+    assert not worker.warnings
+    for report, assignment in worker.reports:
+        episode = read_episode(serving.log.index.path(serving.log.index.get(assignment.episode)))
+        played = [len(decision.sent) for decision in episode.decisions]
+        assert played[:-1] == [3] * (len(played) - 1) and sum(played) == report.steps
+        assert all(len(decision.actions) == 4 for decision in episode.decisions)
+
+
 def test_a_worker_leaves_when_there_is_nothing_left_to_do(serve: Any, work: Start) -> None:
     from runtime.schedule import FixedList
 

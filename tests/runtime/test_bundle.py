@@ -201,6 +201,9 @@ ACTION = SPEC.action
         ("control_hz", replace(SPEC, control_hz=0.0)),
         ("horizon", replace(SPEC, horizon=0)),
         ("tokens", replace(SPEC, tokens=-1)),
+        ("noise_correlation", replace(SPEC, noise_correlation=1.0)),
+        ("noise_correlation", replace(SPEC, noise_correlation=-0.1)),
+        ("noise_correlation", replace(SPEC, noise_correlation=float("nan"))),
         ("made", replace(SPEC, made={"day": b"bytes"})),
     ],
 )

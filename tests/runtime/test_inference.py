@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from bridge.backend import Backend
 from runtime.inference import Decided, InferenceThread, Pending, batch_inputs, decide, decision_rng
@@ -100,14 +101,16 @@ def test_the_policy_is_asked_for_once_a_batch(fake_policy: Any, collect: Any) ->
         np.testing.assert_array_equal(item.actions, np.full((4, 2), 100.0 * int(item.version) + i, np.float32))
 
 
-def test_sampled_actions_follow_from_the_log_alone(fake_policy: Any) -> None:
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_sampled_actions_follow_from_the_log_and_the_spec_alone(fake_policy: Any, rho: float) -> None:
     policy = fake_policy(value=0.25, log_std=-1.0)
+    policy.spec = replace(policy.spec, noise_correlation=rho)
     (item,) = decide(policy, [pending(3, explore=True)])
     mean, log_std = policy.infer(batch_inputs(policy, [item.pending]))
-    again = sample_chunk(mean[0], log_std[0], decision_rng(item.pending.episode, item.pending.decision))
+    again = sample_chunk(mean[0], log_std[0], rho, decision_rng(item.pending.episode, item.pending.decision))
     np.testing.assert_array_equal(item.actions, again)
     assert item.log_prob is not None
-    np.testing.assert_array_equal(item.log_prob, log_prob(item.actions, mean[0], log_std[0]))
+    np.testing.assert_array_equal(item.log_prob, log_prob(item.actions, mean[0], log_std[0], rho))
 
 
 def test_a_sample_does_not_depend_on_who_else_is_in_the_batch(fake_policy: Any) -> None:
@@ -199,6 +202,6 @@ def test_a_logged_episode_can_be_drawn_again(serve: Any, point: Backend, fake_po
     assert len(episode.decisions) == 3
     for number, decision in enumerate(episode.decisions, start=1):
         mean, log_std = policy.infer({"state": decision.observation.state[None]})
-        drawn = sample_chunk(mean[0], log_std[0], decision_rng(stored.episode, number))
+        drawn = sample_chunk(mean[0], log_std[0], 0.0, decision_rng(stored.episode, number))
         np.testing.assert_array_equal(decision.actions, drawn)
-        np.testing.assert_array_equal(decision.log_prob, log_prob(drawn, mean[0], log_std[0]))
+        np.testing.assert_array_equal(decision.log_prob, log_prob(drawn, mean[0], log_std[0], 0.0))

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from safetensors.numpy import load, save
+from scipy.stats import multivariate_normal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, VectorSpec
@@ -198,11 +199,11 @@ def test_a_long_instruction_is_refused_not_cut() -> None:
 
 def test_log_prob_known_answers() -> None:
     one = np.zeros((1, 1), np.float32)
-    assert log_prob(one, one, one)[0] == pytest.approx(-0.5 * math.log(2 * math.pi))
+    assert log_prob(one, one, one, 0.0)[0] == pytest.approx(-0.5 * math.log(2 * math.pi))
     # N(1.5; 1, 0.5) has z = 1, so log p = -1/2 - log 0.5 - log sqrt(2 pi); two equal elements double it.
     actions, mean = np.full((3, 2), 1.5, np.float32), np.ones((3, 2), np.float32)
     expected = 2 * (-0.5 - math.log(0.5) - 0.5 * math.log(2 * math.pi))
-    result = log_prob(actions, mean, np.full((3, 2), math.log(0.5), np.float32))
+    result = log_prob(actions, mean, np.full((3, 2), math.log(0.5), np.float32), 0.0)
     assert result.dtype == np.float32
     assert result.tolist() == pytest.approx([expected] * 3, abs=1e-6)
 
@@ -211,13 +212,58 @@ def test_log_prob_known_answers() -> None:
 def test_a_chunk_is_mean_plus_sigma_times_noise(seed: int, h: int, d: int) -> None:
     mean = np.random.default_rng(1).uniform(-2, 2, (h, d)).astype(np.float32)
     log_std = np.random.default_rng(2).uniform(-3, 1, (h, d)).astype(np.float32)
-    actions = sample_chunk(mean, log_std, np.random.default_rng(seed))
+    actions = sample_chunk(mean, log_std, 0.0, np.random.default_rng(seed))
     noise = np.random.default_rng(seed).standard_normal((h, d))
     assert actions.dtype == np.float32
     assert np.allclose(actions, mean + np.exp(log_std) * noise, atol=1e-5)
     # In terms of the noise, log p = -noise^2 / 2 - log_std - log sqrt(2 pi).
     expected = (-0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-    assert np.allclose(log_prob(actions, mean, log_std), expected, atol=1e-3)
+    assert np.allclose(log_prob(actions, mean, log_std, 0.0), expected, atol=1e-3)
+
+
+def chunk_of(h: int, d: int, rho: float, seed: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """Actions, mean and log_std `[h, d]`, with another standard deviation for each action."""
+    rng = np.random.default_rng(seed)
+    mean, log_std = (rng.uniform(-2, 1, (h, d)).astype(np.float32) for _ in range(2))
+    return sample_chunk(mean, log_std, rho, rng), mean, log_std
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.8, 0.99])
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_log_prob_of_a_prefix_is_that_of_the_explicit_covariance(rho: float, k: int) -> None:
+    actions, mean, log_std = chunk_of(8, 3, rho, seed=k)
+    std = np.exp(log_std[:k].astype(np.float64))
+    correlation = rho ** np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
+    expected = sum(
+        multivariate_normal(mean[:k, j], correlation * np.outer(std[:, j], std[:, j])).logpdf(actions[:k, j])
+        for j in range(3)
+    )
+    assert log_prob(actions, mean, log_std, rho)[:k].sum() == pytest.approx(expected, abs=1e-3)
+
+
+@given(seed=st.integers(0, 1000), h=st.integers(1, 6), rho=st.floats(0, 0.95), data=st.data())
+def test_what_comes_after_a_prefix_does_not_change_its_log_prob(
+    seed: int, h: int, rho: float, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, h))
+    actions, mean, log_std = chunk_of(h, 2, rho, seed)
+    prefix = log_prob(actions[:k], mean[:k], log_std[:k], rho)
+    actions[k:], mean[k:] = 9.0, -9.0
+    assert np.array_equal(log_prob(actions, mean, log_std, rho)[:k], prefix)
+    together = np.stack([actions, mean])
+    batched = log_prob(together, np.stack([mean, mean]), np.stack([log_std, log_std]), rho)
+    assert np.array_equal(batched[0, :k], prefix)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
+def test_noise_has_the_asked_correlation_and_its_standard_deviation(rho: float) -> None:
+    mean = np.full((6, 4000), 0.5, np.float32)
+    log_std = np.full_like(mean, math.log(0.2))
+    z = (sample_chunk(mean, log_std, rho, np.random.default_rng(0)) - mean) / 0.2
+    assert z.std(axis=1) == pytest.approx([1.0] * 6, abs=0.05)
+    for lag in range(1, 4):
+        measured = np.mean(z[lag:] * z[:-lag])
+        assert measured == pytest.approx(rho**lag, abs=0.03)
 
 
 # --- does the policy fit the robot? -----------------------------------------------------------------------------------

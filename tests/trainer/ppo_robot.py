@@ -99,10 +99,11 @@ class Robot:
             tensors = self._tensors()
             inputs = {name: tensors[name][None] for name in ("image/top", "state")}
             mean, log_std = policy.infer({**inputs, "tokens": policy.tokens(instruction)[None]})
-            actions = sample_chunk(mean[0], log_std[0], rng) if explore else mean[0]
+            rho = policy.spec.noise_correlation
+            actions = sample_chunk(mean[0], log_std[0], rho, rng) if explore else mean[0]
             tensors["actions"] = actions
             if explore:
-                tensors["log_prob"] = log_prob(actions, mean[0], log_std[0])
+                tensors["log_prob"] = log_prob(actions, mean[0], log_std[0], rho)
             if darker:
                 tensors["image/top"] = tensors["image/top"] // 2
             self._log.append(

@@ -35,6 +35,16 @@ def test_the_backends_own_reward_is_not_used() -> None:
     assert (batch_of(episode([4, 4])).reward < 100).all()
 
 
+def test_the_backends_own_reward_takes_the_place_of_the_success() -> None:
+    config = PPOConfig(gamma=0.5, step_cost=1.0, success_reward=1e6, reward="backend", reward_scale=0.1)
+    one = episode([4, 2], "success")
+    one.decisions[0].reward = np.array([10, 20, 30, 40], np.float32)
+    one.decisions[1].reward = np.array([50, 60], np.float32)
+    made = build_batch([one], policy_spec(4), TASKS, config, tokens=tokens, age=AGES.__getitem__, max_age=2)
+    # (1 - 1) + (2 - 1) / 2 + (3 - 1) / 4 + (4 - 1) / 8, and (5 - 1) + (6 - 1) / 2.
+    assert made.reward.tolist() == pytest.approx([1.375, 6.5])
+
+
 def test_log_prob_is_of_the_executed_actions_only() -> None:
     one = episode([4, 2])
     logged = one.decisions[1].log_prob

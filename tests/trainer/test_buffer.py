@@ -135,3 +135,11 @@ def test_bookkeeping(config: BufferConfig, seeds: list[int], first: Offers, then
     if buffer.episodes:
         drawn = [b.sample(5, np.random.default_rng(1))[0].state for b in (buffer, again)]
         assert (drawn[0] == drawn[1]).all()
+
+
+def test_without_admission_the_demonstrations_are_all_there_is() -> None:
+    offers = [("a", 5), ("b", 5)]
+    assert ids(filled(BufferConfig(), [30], offers)) == ["seed0", "own0"]
+    buffer = filled(BufferConfig(admit=False), [30], offers)
+    assert ids(buffer) == ["seed0"]
+    assert buffer.own_episodes() == []

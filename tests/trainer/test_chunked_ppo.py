@@ -3,12 +3,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from ppo_episodes import TASKS, episode, policy_spec, tokens
+from scipy.stats import multivariate_normal
 
+from runtime.policy import sample_chunk
 from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
 from trainer.chunked_ppo import (
     advantages,
+    anchor_loss,
     approximate_kl,
     cloning_loss,
     executed_log_prob,
@@ -20,7 +24,7 @@ from trainer.chunked_ppo import (
 )
 from trainer.config import BufferConfig, PPOConfig, VLAConfig
 from trainer.samples import cloning_samples
-from trainer.vla import VLA, log_prob
+from trainer.vla import VLA
 
 torch.set_num_threads(1)
 
@@ -105,12 +109,13 @@ def test_normalised_by_task_over_the_fresh_decisions_only() -> None:
     assert normalise_by_task(advantage, task, used).tolist() == [-1.0, 1.0, 0.0, -1.0, 1.0, 0.0]
 
 
-def test_actions_never_executed_get_no_gradient() -> None:
+@pytest.mark.parametrize("rho", [0.0, 0.7])
+def test_actions_never_executed_get_no_gradient(rho: float) -> None:
     torch.manual_seed(0)
     actions, log_std = torch.randn(3, 4, 2), torch.full((3, 4, 2), -1.0)
     mean = torch.randn(3, 4, 2, requires_grad=True)
     executed = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    torch.autograd.backward(executed_log_prob(actions, mean, log_std, executed).sum())
+    torch.autograd.backward(executed_log_prob(actions, mean, log_std, executed, rho).sum())
     assert mean.grad is not None
     moved = (mean.grad != 0).all(dim=2)
     assert (moved == (executed > 0)).all()
@@ -124,8 +129,21 @@ def test_executed_log_prob_is_the_sum_of_the_first_k() -> None:
     torch.manual_seed(0)
     actions, mean, log_std = torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.randn(2, 4, 3)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(dim=2)
-    got = executed_log_prob(actions, mean, log_std, torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]))
+    got = executed_log_prob(actions, mean, log_std, torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]), 0.0)
     assert got.tolist() == pytest.approx([expected[0, :3].sum().item(), expected[1, 0].item()], rel=1e-5)
+
+
+@pytest.mark.parametrize("rho", [0.4, 0.9])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_executed_log_prob_is_that_of_the_prefix_under_the_explicit_covariance(rho: float, k: int) -> None:
+    torch.manual_seed(0)
+    actions, mean, log_std = torch.randn(1, 4, 1), torch.randn(1, 4, 1), torch.randn(1, 4, 1)
+    executed = (torch.arange(4) < k).float()[None]
+    std = log_std[0, :k, 0].exp().double().numpy()
+    correlation = rho ** np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
+    expected = multivariate_normal(mean[0, :k, 0].numpy(), correlation * np.outer(std, std)).logpdf(actions[0, :k, 0])
+    got = executed_log_prob(actions, mean, log_std, executed, rho)
+    assert got.item() == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_clipping_by_hand() -> None:
@@ -162,15 +180,31 @@ def test_cloning_loss_is_the_mean_over_executed_actions_and_leaves_sigma_alone()
     assert log_std.grad is None
 
 
+def test_anchor_loss_is_the_kl_to_the_frozen_policy_and_leaves_sigma_alone() -> None:
+    torch.manual_seed(0)
+    mean, frozen = torch.randn(2, 3, 2, requires_grad=True), torch.randn(2, 3, 2)
+    log_std = torch.full((2, 3, 2), -0.7, requires_grad=True)
+    mask = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    scale = torch.tensor([1.0, 0.5])
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(mean, log_std.exp()), normal(frozen, log_std.exp())).sum(-1)
+    loss = anchor_loss(mean, frozen, log_std, mask, scale)
+    assert loss.item() == pytest.approx(((kl[0, 0] + kl[0, 1] + 0.5 * kl[1, 0]) / 3).item(), rel=1e-5)
+    torch.autograd.backward(loss)
+    assert log_std.grad is None
+    assert mean.grad is not None and ((mean.grad != 0).all(dim=2) == (mask > 0)).all()
+
+
 # --- the whole update, on a problem with a known answer ---------------------------------------------------------------
 
 SPEC = policy_spec()
 CONFIG = PPOConfig(lr=3e-3, epochs=4, minibatch=64, target_kl=1.0)
 
 
-def tiny_vla() -> VLA:
+def tiny_vla(noise_correlation: float = 0.0) -> VLA:
     torch.manual_seed(0)
-    vla = VLA(VLAConfig(horizon_steps=4, channels=(4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8), SPEC)
+    config = VLAConfig(horizon_steps=4, channels=(4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8)
+    vla = VLA(config, replace(SPEC, noise_correlation=noise_correlation))
     vla.set_state_statistics(torch.zeros(2), torch.ones(2))
     return vla
 
@@ -182,8 +216,10 @@ def sampled_batch(vla: VLA, executed: list[int], seed: int) -> Batch:
     seen = batch.observations
     with torch.no_grad():
         mean, log_std = vla(seen.images, seen.state, seen.tokens)
-        batch.actions = mean + log_std.exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed))
-        batch.log_prob = executed_log_prob(batch.actions, mean, log_std, batch.executed)
+        rng, rho = np.random.default_rng(seed), vla.spec.noise_correlation
+        chunks = zip(mean.numpy(), log_std.numpy(), strict=True)
+        batch.actions = torch.from_numpy(np.stack([sample_chunk(m, s, rho, rng) for m, s in chunks]))
+        batch.log_prob = executed_log_prob(batch.actions, mean, log_std, batch.executed, rho)
     return batch
 
 
@@ -195,6 +231,7 @@ def run_update(
     w: float = 1.0,
     c: float = 0.0,
     buffer: DemoBuffer | None = None,
+    frozen: VLA | None = None,
     config: PPOConfig = CONFIG,
     optimiser: torch.optim.Optimizer | None = None,
 ):
@@ -207,6 +244,7 @@ def run_update(
         np.full(2, w, np.float32),
         config,
         cloning_scale=c,
+        frozen=frozen,
         shift_px=1,
         rng=np.random.default_rng(0),
         generator=torch.Generator().manual_seed(0),
@@ -214,8 +252,9 @@ def run_update(
     )
 
 
-def test_update_moves_the_executed_actions_to_where_the_advantage_is() -> None:
-    vla = tiny_vla()
+@pytest.mark.parametrize("rho", [0.0, 0.6])
+def test_update_moves_the_executed_actions_to_where_the_advantage_is(rho: float) -> None:
+    vla = tiny_vla(rho)
     optimiser = torch.optim.Adam(vla.parameters(), lr=CONFIG.lr)
     goal = torch.tensor([0.5, -0.8])
 
@@ -232,8 +271,9 @@ def test_update_moves_the_executed_actions_to_where_the_advantage_is() -> None:
     assert last < 0.5 * first
 
 
-def test_first_gradient_step_starts_at_ratio_one_and_kl_zero() -> None:
-    vla = tiny_vla()
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+def test_first_gradient_step_starts_at_ratio_one_and_kl_zero(rho: float) -> None:
+    vla = tiny_vla(rho)
     batch = sampled_batch(vla, [4] * 32, 0)
     config = PPOConfig(lr=1e-9, epochs=1, minibatch=32)
     result = run_update(vla, batch, np.random.default_rng(0).normal(size=32), config=config)
@@ -291,6 +331,7 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
         return float((mean[:, 0] - torch.tensor([0.5, -0.5])).abs().mean())
 
     before = error()
+    correlated = tiny_vla(0.8)
     batch = sampled_batch(vla, [4] * 64, 0)
     config = PPOConfig(lr=3e-3, epochs=40, minibatch=64, target_kl=1e9)
     result = run_update(
@@ -298,6 +339,37 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
     )
     assert result is not None
     assert error() < 0.3 * before
+    # A demonstration is no draw of the policy's noise, so how that is correlated changes nothing.
+    run_update(correlated, batch, np.zeros(64), w=0.0, c=1.0, buffer=buffer, config=config)
+    for mine, other in zip(vla.parameters(), correlated.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_an_anchor_holds_the_policy_where_the_frozen_one_is() -> None:
+    vla, frozen = tiny_vla(), tiny_vla()
+    with torch.no_grad():
+        frozen.head.bias += 0.5
+    batch = sampled_batch(vla, [4] * 64, 0)
+
+    def distance() -> float:
+        seen = batch.observations
+        with torch.no_grad():
+            ours, theirs = (policy(seen.images, seen.state, seen.tokens)[0] for policy in (vla, frozen))
+        return float((ours - theirs).abs().mean())
+
+    before = distance()
+    config = PPOConfig(lr=3e-3, epochs=40, minibatch=64, target_kl=1e9)
+    kept = [parameter.clone() for parameter in frozen.parameters()]
+    result = run_update(
+        vla, batch, np.random.default_rng(0).normal(size=64), w=0.0, c=1.0, frozen=frozen, config=config
+    )
+    assert result is not None
+    assert distance() < 0.3 * before
+    assert all(torch.equal(now, old) for now, old in zip(frozen.parameters(), kept, strict=True))
+    # From where the frozen policy is there is nothing to pull at.
+    there = tiny_vla()
+    run_update(there, batch, np.zeros(64), w=0.0, c=1.0, frozen=tiny_vla(), config=config)
+    assert all(torch.equal(now, old) for now, old in zip(there.parameters(), tiny_vla().parameters(), strict=True))
 
 
 def test_a_stop_ends_it() -> None:
@@ -318,10 +390,3 @@ def test_a_stop_ends_it() -> None:
         stopped=lambda: True,
     )
     assert made is None
-
-
-def test_log_prob_agrees_with_torch() -> None:
-    torch.manual_seed(0)
-    a, mean, log_std = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(a).sum(dim=2)
-    assert torch.allclose(log_prob(a, mean, log_std), expected, atol=1e-5)

@@ -17,6 +17,7 @@ import torch
 from ppo_robot import BACKEND, CONFIG, Robot, announce, prepared_run
 
 from bridge.backends import make_backend
+from runtime.bundle import read_bundle
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
@@ -310,6 +311,106 @@ def test_an_operator_who_goes_back_is_followed(run: RunDir, robot: Robot) -> Non
     assert registry.get(line["version"]).parent == wanted
     assert registry.live() == line["version"] != left
     assert any("made live in place of" in warning for warning in warnings)
+
+
+def changed(**sections: dict[str, Any]) -> TrainerConfig:
+    """`SMALL` with other values in some of its sections."""
+    replace = msgspec.structs.replace
+    return replace(SMALL, **{name: replace(getattr(SMALL, name), **values) for name, values in sections.items()})
+
+
+def test_a_run_can_start_with_other_noise_than_its_bundle(run: RunDir, robot: Robot) -> None:
+    sft = str(Registry(run.registry).live())
+    robot.run(4)  # with the old noise
+    config = changed(ppo={"sigma": 0.1, "noise_correlation": 0.7, "critic_warmup_iterations": 0})
+    trainer = make_trainer(run, config)
+    registry = Registry(run.registry)
+    live = registry.live()
+    assert live == trainer.version != sft
+    assert registry.get(live).parent == sft
+    first = read_bundle(run.policies / live)
+    assert first.spec.noise_correlation == 0.7
+    old = read_bundle(run.policies / sft)
+    changes = [name for name, weight in first.weights.items() if not np.array_equal(weight, old.weights[name])]
+    assert changes == ["log_sigma"]
+    assert np.exp(first.weights["log_sigma"]) == pytest.approx([0.1, 0.1])
+    line = iterate(trainer, robot)
+    assert line["episodes"] == 4 and line["dropped_stale"] > 0, "what was explored otherwise is not learned from"
+    assert line["sigma"] == pytest.approx(0.1)
+    assert line["ratio_error"] < 1e-3
+    assert line["gradient_steps"] > 0
+    assert read_bundle(run.policies / line["version"]).spec.noise_correlation == 0.7
+    count = len(registry.list())
+    again = make_trainer(run, config)
+    assert again.version == line["version"] and len(registry.list()) == count
+    assert iterate(again, robot)["ratio_error"] < 1e-3
+
+
+def test_an_operator_may_go_back_to_before_the_noise_was_changed(run: RunDir, robot: Robot) -> None:
+    registry = Registry(run.registry)
+    sft = str(registry.live())
+    trainer = make_trainer(run, changed(ppo={"noise_correlation": 0.7, "critic_warmup_iterations": 0}))
+    robot.run(2)
+    registry.set_live(sft, why="rollback")
+    line = iterate(trainer, robot)
+    assert line["ratio_error"] < 1e-3 and line["dropped_stale"] > 0
+    assert read_bundle(run.policies / line["version"]).spec.noise_correlation == 0.0
+
+
+def test_a_crash_before_the_first_version_with_other_noise_is_live_changes_nothing(run: RunDir) -> None:
+    config = changed(ppo={"sigma": 0.1})
+    with pytest.raises(CrashError):
+        make_trainer(run, config, announce=crash)
+    count = len(Registry(run.registry).list())
+    assert make_trainer(run, config).version == Registry(run.registry).live()
+    assert len(Registry(run.registry).list()) == count == 2
+    assert make_trainer(run, config).version == Registry(run.registry).live()  # and without a checkpoint once more
+    assert len(Registry(run.registry).list()) == count
+
+
+def test_the_anchor_is_the_policy_that_the_run_started_from_also_after_a_restart(run: RunDir, robot: Robot) -> None:
+    sft = read_bundle(run.policies / str(Registry(run.registry).live()))
+    config = changed(weight={"anchor": "sft", "w_max": 0.0, "cloning_scale": 1.0}, ppo={"sigma": 0.25})
+    trainer = make_trainer(run, config)
+    lines = [iterate(trainer, robot) for _ in range(2)]
+    assert lines[1]["cloning_loss"] == pytest.approx(0.0, abs=1e-6), "it is where the anchor is"
+    with torch.no_grad():
+        trainer._vla.head.bias += 0.1
+    trainer._publish(EpisodeIndex(run.episodes).after(0))
+    trainer.save()
+    again = make_trainer(run, config)
+    assert again._frozen is not None
+    assert np.array_equal(again._frozen.head.bias.detach(), sft.weights["head.bias"])
+    assert iterate(again, robot)["cloning_loss"] > 0.01
+
+
+def test_seed_demonstrations_only(run: RunDir, robot: Robot) -> None:
+    line = iterate(make_trainer(run, changed(buffer={"admit": False})), robot, 8)
+    assert line["success"] > 0
+    assert line["buffer_episodes"] == SMALL.demos.per_task
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"), [({"fixed": 0.5}, 0.5), ({"w_max": 0.0}, 0.0), ({"cloning_scale": 0.0}, 1.0)]
+)
+def test_a_constant_weight(run: RunDir, robot: Robot, weight: dict[str, float], expected: float) -> None:
+    trainer = make_trainer(run, changed(weight=weight))
+    assert [iterate(trainer, robot)["weight"] for _ in range(3)] == [0.0, expected, expected]
+
+
+def test_self_cloning_alone_does_not_see_the_rewards(run: RunDir, robot: Robot, tmp_path: Path) -> None:
+    robot.run(8)
+    shutil.copytree(run.path, tmp_path / "other")
+    versions = []
+    for one, cost in ((run, 0.0), (RunDir(tmp_path / "other"), 1.0)):
+        ppo = {"step_cost": cost, "critic_warmup_iterations": 0}
+        trainer = make_trainer(one, changed(weight={"w_max": 0.0}, ppo=ppo))
+        rows = trainer.collect()
+        assert rows is not None
+        line = trainer.iterate(rows)
+        assert line is not None and line["gradient_steps"] > 0
+        versions.append(line["version"])
+    assert versions[0] == versions[1]
 
 
 def test_a_wrong_stamp_stops_training(run: RunDir, robot: Robot) -> None:

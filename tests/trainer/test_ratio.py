@@ -1,14 +1,20 @@
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from ppo_robot import BACKEND, CONFIG, Robot, prepared_run
 
 from bridge.backends import make_backend
-from runtime.bundle import read_bundle
+from bridge.config import BridgeConfig
+from bridge.drive import drive as drive_bridge
+from runtime.bundle import PARTS, read_bundle, write_bundle
+from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
@@ -73,6 +79,39 @@ def test_runtime_and_trainer_agree(run: RunDir) -> None:
     _, _, behaviours = setup(run)
     drive(run)
     assert check(run, behaviours) < 1e-3
+
+
+@pytest.mark.parametrize("play_steps", [None, 3])
+def test_correlated_noise_agrees_through_the_real_server(
+    run: RunDir, serve: Callable[..., Any], play_steps: int | None
+) -> None:
+    white = read_bundle(run.policies / str(Registry(run.registry).live()))
+    parts = {name: (white.path / name).read_bytes() for name in PARTS if name != "policy.yaml"}
+    version = write_bundle(run.policies, replace(white.spec, noise_correlation=0.8), parts)
+    assert version != white.version
+    Registry(run.registry).add(version, parent=white.version, made={})
+    Registry(run.registry).set_live(version, why="test")
+    policy = Policy.load(run.policies / version)
+    serving = serve(policy=policy, log=EpisodeLog(run.episodes), horizon_steps=37)
+    drive_bridge(
+        make_backend(BACKEND),
+        serving.client(),
+        BridgeConfig(play_steps=play_steps),
+        stopped=lambda: False,
+        report=lambda _report, _assignment: None,
+        warn=pytest.fail,
+        episodes=6,
+    )
+    serving.stop()
+    vla, _, behaviours = setup(run)
+    batch = batch_of(run, behaviours)
+    assert set(batch.executed.sum(dim=1).tolist()) > {play_steps or 4}, "every chunk was played to its end"
+    assert check_ratio(batch, behaviours, np.random.default_rng(0)) < 1e-3
+    # Were the noise taken for white, the gap would be far above what is tolerated.
+    vla.spec = white.spec
+    behaviours.remember(version, vla)
+    with pytest.raises(RatioError):
+        check_ratio(batch, behaviours, np.random.default_rng(0))
 
 
 def test_another_image_is_preprocessing(run: RunDir) -> None:

@@ -159,21 +159,37 @@ def test_it_can_learn_where_a_thing_is_as_the_instruction_asks() -> None:
     assert error.item() < 0.03
 
 
-def test_log_prob_is_torchs_and_the_runtimes() -> None:
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_log_prob_is_torchs_and_the_runtimes(rho: float) -> None:
     generator = torch.Generator().manual_seed(0)
     actions, mean = (torch.randn(5, 3, 2, generator=generator) for _ in range(2))
     log_std = torch.randn(5, 3, 2, generator=generator) * 0.5 - 1
-    mine = log_prob(actions, mean, log_std)
-    theirs = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
+    mine = log_prob(actions, mean, log_std, rho)
+    steps = torch.arange(3)
+    covariance = rho ** (steps[:, None] - steps).abs() * torch.eye(2)[:, :, None, None]
+    std = log_std.exp().permute(0, 2, 1).flatten(1)  # all steps of the first element, then those of the second
+    covariance = covariance.permute(0, 2, 1, 3).reshape(6, 6) * std[:, :, None] * std[:, None]
+    flat = [x.permute(0, 2, 1).flatten(1) for x in (actions, mean)]
+    theirs = torch.distributions.MultivariateNormal(flat[1], covariance).log_prob(flat[0])
     assert mine.shape == (5, 3)
-    assert torch.allclose(mine, theirs, atol=1e-4)
-    assert np.allclose(mine, policy.log_prob(actions.numpy(), mean.numpy(), log_std.numpy()), atol=1e-4)
+    assert torch.allclose(mine.sum(1), theirs, atol=1e-3)
+    runtimes = policy.log_prob(actions.numpy(), mean.numpy(), log_std.numpy(), rho)
+    assert np.allclose(mine, runtimes, rtol=1e-4, atol=1e-4)
 
 
 def test_log_prob_has_the_gradients_of_a_gaussian() -> None:
     mean = torch.tensor([[[1.0]]], requires_grad=True)
     log_std = torch.tensor([[[math.log(0.5)]]], requires_grad=True)
-    log_prob(torch.tensor([[[2.0]]]), mean, log_std).sum().backward()  # type: ignore[no-untyped-call]
+    log_prob(torch.tensor([[[2.0]]]), mean, log_std, 0.0).sum().backward()  # type: ignore[no-untyped-call]
     # d/dm = (a - m) / s^2 = 4, d/dlog s = z^2 - 1 = 3.
     assert mean.grad is not None and mean.grad.item() == pytest.approx(4.0)
     assert log_std.grad is not None and log_std.grad.item() == pytest.approx(3.0)
+
+
+def test_correlated_noise_makes_the_mean_of_the_action_before_count() -> None:
+    mean = torch.zeros(1, 2, 1, requires_grad=True)
+    actions = torch.tensor([[[1.0], [2.0]]])
+    by_action = log_prob(actions, mean, torch.zeros(1, 2, 1), 0.6)
+    by_action[0, 1].backward()  # type: ignore[no-untyped-call]
+    # xi = (2 - .6) / .8 = 1.75; d/dm_1 = xi / .8 and d/dm_0 = -.6 xi / .8.
+    assert mean.grad is not None and mean.grad.flatten().tolist() == pytest.approx([-1.3125, 2.1875])

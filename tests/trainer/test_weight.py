@@ -12,8 +12,10 @@ from trainer.weight import MIN_COMPETENCE, WINDOW_EPISODES, WeightSchedule
 CONFIG = WeightConfig(ramp_iterations=4.0, w_max=0.9)
 
 
-def schedule(results: dict[str, list[bool]], variance: float | None = 0.8, kl: float = 0.0) -> WeightSchedule:
-    made = WeightSchedule(CONFIG, target_kl=0.3, tasks=tuple(results))
+def schedule(
+    results: dict[str, list[bool]], variance: float | None = 0.8, kl: float = 0.0, config: WeightConfig = CONFIG
+) -> WeightSchedule:
+    made = WeightSchedule(config, target_kl=0.3, tasks=tuple(results))
     for task, successes in results.items():
         made.add_results(task, successes)
     if variance is not None:
@@ -102,3 +104,21 @@ def test_bounds_and_resume(results: list[list[bool]], variances: list[float], kl
     again = WeightSchedule(CONFIG, target_kl=0.3, tasks=("a", "b"))
     again.restore(state)
     assert again.weight(iterations) == weight
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (WeightConfig(fixed=0.4), 0.4),
+        (WeightConfig(fixed=0.0), 0.0),
+        (WeightConfig(w_max=0.0), 0.0),
+        # Nothing is cloned, so there is nothing to hand a task back to.
+        (WeightConfig(cloning_scale=0.0), 1.0),
+        (WeightConfig(cloning_scale=0.0, fixed=0.4), 0.4),
+    ],
+)
+def test_a_constant_weight_is_constant_after_the_warm_up(config: WeightConfig, expected: float) -> None:
+    made = schedule({"falls": [True] * 50 + [False] * 50, "stays": [True] * 50}, variance=-1.0, kl=9.0, config=config)
+    assert set(made.weight(0).by_task.values()) == {0.0}
+    for iteration in (1, 2, 100):
+        assert made.weight(iteration).by_task == {"falls": expected, "stays": expected}
