@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bridge.backend import BackendSpec
+from bridge.backend import BackendSpec, all_instructions
 from bridge.errors import FieldtuneError
 from runtime.bundle import FORMAT, PolicySpec
 from runtime.durable import atomic_directory, write_atomic
@@ -96,16 +96,16 @@ def run_sft(
         if not own:
             raise SFTError(f"{run.demos} has no demonstration of {task!r}; run `fieldtune demos` first")
     policy = policy_spec(run.path.name, spec, config)
-    tokenizer = build_tokenizer(spec.instructions.values(), config.vla.vocabulary, config.vla.max_tokens)
+    tokenizer = build_tokenizer(all_instructions(spec), config.vla.vocabulary, config.vla.max_tokens)
     samples = concatenate(
         [
             cloning_samples(
-                read_episode(index.path(row)),
+                episode,
                 config.vla.horizon_steps,
-                encode(tokenizer, spec.instructions[task], config.vla.max_tokens),
+                encode(tokenizer, episode.start.instruction, config.vla.max_tokens),
             )
-            for task, own in rows.items()
-            for row in own
+            for own in rows.values()
+            for episode in (read_episode(index.path(row)) for row in own)
         ]
     )
     before = torch.get_num_threads()

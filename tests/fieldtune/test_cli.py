@@ -15,6 +15,9 @@ import pytest
 
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
+from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
+from runtime.rundir import RunDir
 
 QUICK = ("--set", "trainer.demos.per_task=2", "--set", "trainer.sft.steps=3")
 
@@ -281,3 +284,38 @@ def test_a_running_deployment(
 def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
     done = fieldtune("eval", "point", "--episodes", "2", "--json", cwd=served)
     assert one_object(done.stdout)["overall"]["n"] == 2
+
+
+WORDED = """
+from bridge.backends.point import Point, PointOptions
+from msgspec.structs import replace
+
+
+class Worded(Point):
+    def __init__(self, instructions="training"):
+        super().__init__(PointOptions(size_px=32))
+        texts = ("move the dot to the square", "go") if instructions == "training" else ("reach", "get to it")
+        self._spec = replace(self._spec, instructions={"reach": texts})
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ("eval", "point", "--episodes", "2", "--json", "--set", "trainer.evaluate.first_seed=3000000")
+    held_out = ("--instructions", "held_out")
+    refused = fieldtune(*ask, *held_out, cwd=prepared, code=2)
+    assert "$.backend.options.instructions: unknown key" in refused.stderr
+    (prepared / "worded.py").write_text(WORDED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(prepared), os.environ.get("PYTHONPATH", "")]))
+    told = []
+    for extra in ((), held_out):
+        done = fieldtune(*ask, *extra, "--set", "backend={name: 'worded:Worded'}", cwd=prepared)
+        version = one_object(done.stdout)["version"]
+        directory = RunDir(prepared / "runs/point").evaluation(version, extra[-1] if extra else "")
+        assert (directory / "result.json").exists()
+        index = EpisodeIndex(directory)
+        rows = [row for row in index.after(0) if row.seed >= 3_000_000]
+        told.append(sorted(read_episode(index.path(row)).start.instruction for row in rows))
+    assert told == [["go", "move the dot to the square"], ["get to it", "reach"]]
