@@ -484,6 +484,7 @@ class PolicyServer:
             log=msgspec.to_builtins(self._log.stats()),
             recent=tuple(counters.recent),
             episodes_per_min=counters.episodes_per_min(uptime_s),
+            shares=self._schedule.shares,
             finished=self._schedule.finished,
         )
 

@@ -208,7 +208,7 @@ def serve(
     stop = stop_when_closed(connection)
     log = EpisodeLog(log_directory)
     try:
-        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0))
+        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0), balance="equal")
         server = PolicyServer(
             endpoint,
             make_live(),

@@ -15,9 +15,11 @@ import pytest
 
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
+from fieldtune.commands.status import status_table
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
+from runtime.status import Status
 
 QUICK = ("--set", "trainer.demos.per_task=2", "--set", "trainer.sft.steps=3")
 
@@ -174,6 +176,21 @@ def test_keys_as_json_and_bad_names(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["keys", str(tmp_path / "keys"), "../arm"]) == 2
 
 
+def test_the_status_names_the_tasks_with_the_largest_and_the_smallest_share() -> None:
+    def shown(shares: dict[str, float]) -> list[str]:
+        counters = dict.fromkeys(("uptime_s", "inference_share", "episodes_per_min"), 0.0)
+        counts = dict.fromkeys(("sessions", "decisions", "batches", "swaps", "refused_swaps"), 0)
+        empty: dict[str, Any] = {"episodes": {}, "refused": {}, "latency_ms": {}, "log": {}, "recent": ()}
+        rest: dict[str, Any] = {"version": "a", "previous": "", "undeliverable": 0, "dropped": 0, "finished": False}
+        table = status_table(Status(shares=shares, **counters, **counts, **empty, **rest), {})
+        return [str(value) for key, value in zip(table.columns[0].cells, table.columns[1].cells) if key == "shares"]
+
+    assert shown({"a": 1.0}) == []
+    assert shown({"a": 0.25, "b": 0.75}) == ["b 0.750, a 0.250"]
+    (text,) = shown({f"t{i}": i / 45 for i in range(10)})
+    assert text == "t9 0.200, t8 0.178, t7 0.156, ..., t2 0.044, t1 0.022, t0 0.000"
+
+
 # --- what needs a run -----------------------------------------------------------------------------------------------
 
 
@@ -271,6 +288,7 @@ def test_a_running_deployment(
 
     now = ask("status point")
     assert sum(now["runtime"]["episodes"].values()) == 2 and now["trainer"] == {}
+    assert now["runtime"]["shares"] == {"reach": 1.0}
     rows = ask("episodes list point")["episodes"]
     assert [row["client"] for row in rows] == ["arm", "arm"]
     shown = ask(f"episodes show point {rows[0]['episode']}")
