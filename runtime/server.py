@@ -21,6 +21,7 @@ import zmq
 from numpy.typing import NDArray
 from zmq.auth.thread import ThreadAuthenticator
 
+from bridge.backend import instruction_of
 from bridge.config import ConfigError
 from bridge.endpoint import claim_ipc, is_local
 from bridge.keys import secure_server
@@ -260,9 +261,10 @@ class PolicyServer:
                 compare_specs(policy.spec, message.spec)
             except WireError as error:
                 raise RefusalError("spec", error.field, error.message) from error
-            for task, instruction in message.spec.instructions.items() if policy.spec.tokens else ():
+            for task, texts in message.spec.instructions.items() if policy.spec.tokens else ():
                 try:
-                    policy.tokens(instruction)
+                    for text in texts:
+                        policy.tokens(text)
                 except InstructionError as error:
                     raise RefusalError("spec", f"spec.instructions.{task}", str(error)) from error
         session = Session(
@@ -295,7 +297,7 @@ class PolicyServer:
             episode=f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}",
             task=task,
             seed=seed,
-            instruction=session.spec.instructions[task],
+            instruction=instruction_of(session.spec, task, seed),
             horizon_steps=self._horizon_steps,
         )
         assignment = Assignment(
@@ -482,6 +484,7 @@ class PolicyServer:
             log=msgspec.to_builtins(self._log.stats()),
             recent=tuple(counters.recent),
             episodes_per_min=counters.episodes_per_min(uptime_s),
+            shares=self._schedule.shares,
             finished=self._schedule.finished,
         )
 

@@ -50,6 +50,8 @@ class Status(Struct, frozen=True, kw_only=True):
     """The last episodes."""
     episodes_per_min: float
     """Episodes that ended in the last minute."""
+    shares: dict[str, float]
+    """Share of each task in the episodes that are assigned now; empty for a fixed list of episodes."""
     finished: bool
     """No episode will be assigned any more."""
 

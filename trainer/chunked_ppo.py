@@ -26,6 +26,7 @@ A success terminates, a time-out is a truncation and bootstraps from V of the la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ from trainer.samples import random_shift
 from trainer.vla import VLA, log_prob
 
 CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
+PRIOR_EPISODES = 2.0  # of a task's scale; see normalise_by_task
 PRECISION_SAMPLE = 128
 # bfloat16 halves the time of a gradient step, but rounds the log-ratio: by 0.08 (standard deviation) for a chunk of
 # 8 x 4 numbers at sigma 0.2, and in proportion to 1 / sigma. Up to this share of the clipping range it only blurs where
@@ -98,18 +100,32 @@ def next_values(value: Float64, final_value: Float64, last: NDArray[np.bool_], e
     return np.where(last, final_value[episode], following)
 
 
-def normalise_by_task(advantage: Float64, task: NDArray[np.int64], used: NDArray[np.bool_]) -> Float64:
-    """Advantages `[N]` with mean 0 and standard deviation 1 over the `used` decisions of each task; 0 elsewhere.
+def normalise_by_task(
+    advantage: Float64, task: NDArray[np.int64], episode: NDArray[np.int64], used: NDArray[np.bool_]
+) -> Float64:
+    """Advantages `[N]` with mean 0 over the `used` decisions of each task, in units of its scale; 0 elsewhere.
 
-    By task, so that a task with long episodes or large returns does not drown the others.
+        scale_i = max(s_i, s_i^(e_i / (e_i + e_0)) s^(e_0 / (e_i + e_0)))
+
+    s_i is the standard deviation within task i, e_i its number of episodes, s the geometric mean of the s_i by
+    episodes, e_0 = `PRIOR_EPISODES`. By task, so that a task with large returns does not drown the others. With many
+    episodes the scale is s_i. The decisions of a few episodes are much alike and may hardly differ by chance; taken as
+    they are, their noise would be scaled up to the size of everybody else's signal (own rule).
     """
     normalised = np.zeros_like(advantage)
-    for number in np.unique(task[used]):
+    # A task whose decisions are all equally good has nothing to say; scaling its rounding errors up would.
+    spread = {
+        int(number): std
+        for number in np.unique(task[used])
+        if (std := float(advantage[used & (task == number)].std())) > 1e-6
+    }
+    episodes = {number: len(np.unique(episode[used & (task == number)])) for number in spread}
+    pooled = sum(episodes[number] * math.log(std) for number, std in spread.items()) / max(1, sum(episodes.values()))
+    for number, std in spread.items():
         rows = used & (task == number)
-        centred = advantage[rows] - advantage[rows].mean()
-        std = float(centred.std())
-        # A task whose decisions are all equally good has nothing to say; scaling its rounding errors up would.
-        normalised[rows] = centred / std if std > 1e-6 else 0.0
+        own = episodes[number] / (episodes[number] + PRIOR_EPISODES)
+        scale = max(std, math.exp(own * math.log(std) + (1.0 - own) * pooled))
+        normalised[rows] = (advantage[rows] - advantage[rows].mean()) / scale
     return normalised
 
 
@@ -199,7 +215,7 @@ def update(
     L_sbc, and the buffer is not used.
     """
     task = batch.observations.task
-    normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.fresh).astype(np.float32))
+    normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.episode, batch.fresh).astype(np.float32))
     w = torch.from_numpy(weight)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     reduced = reduced_precision(vla, batch, config.clip)

@@ -168,7 +168,7 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Threads of torch. More than one pays only where no other process wants the cores: two that have to wait for each
     other were measured at a tenth of the speed of one."""
     episodes_per_iteration: Count = 20
-    """Episodes per task in one PPO batch."""
+    """Episodes in one PPO batch, for each task on average; which tasks get more is `runtime.balance`."""
     max_staleness_versions: Annotated[int, Meta(ge=0)] = 2
     """Decisions of versions older than this many before the newest are left out of PPO and counted."""
     demos: DemosConfig = DemosConfig()

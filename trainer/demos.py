@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from msgspec import Struct
 
-from bridge.backend import Backend, Float32, HasExpert, Observation
+from bridge.backend import Backend, Float32, HasExpert, Observation, instruction_of
 from bridge.errors import FieldtuneError
 from bridge.messages import observation_tensors
 from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
@@ -137,7 +137,7 @@ def _attempts(
             format=FORMAT,
             episode=uuid.uuid4().hex,
             task=task,
-            instruction=backend.spec.instructions[task],
+            instruction=instruction_of(backend.spec, task, seed),
             seed=seed,
             source="expert",
             explore=False,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from bridge.backend import BackendSpec, Float32
+from bridge.backend import BackendSpec, Float32, all_instructions
 from runtime.bundle import FORMAT, Bundle, PolicySpec, read_bundle
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex, EpisodeRow
@@ -66,7 +66,7 @@ def run_sft(
     tokenizer = (
         Tokenizer.from_str(base.tokenizer)
         if base
-        else build_tokenizer(spec.instructions.values(), config.vla.vocabulary, config.vla.max_tokens)
+        else build_tokenizer(all_instructions(spec), config.vla.vocabulary, config.vla.max_tokens)
     )
 
     def parts() -> Iterator[tuple[CloningSamples, Float32 | None]]:

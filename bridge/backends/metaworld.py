@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec import Struct
@@ -28,7 +28,7 @@ from bridge.backend import (
     VectorSpec,
 )
 from bridge.backends.metaworld_quick import quick_class
-from bridge.backends.metaworld_tasks import GROUPS, INSTRUCTIONS
+from bridge.backends.metaworld_tasks import GROUPS, HELD_OUT, TRAINING
 from bridge.backends.rendering import Camera, Renderer, open_gl, prepare_gl, simplify
 from bridge.config import ConfigError
 
@@ -63,9 +63,11 @@ class MetaWorldOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Options of the backend `metaworld`."""
 
     tasks: tuple[str, ...] = ("mt10",)
-    """Names such as `drawer-open-v3`; `mt10` and `mt50` stand for their lists."""
+    """Names such as `drawer-open-v3`; `mt10`, `mt40` (MT50 without MT10) and `mt50` stand for their lists."""
     cameras: tuple[Camera, ...] = (Camera("corner"),)
     """What the policy sees; none is allowed, and then no OpenGL is needed."""
+    instructions: Literal["training", "held_out"] = "training"
+    """Which wordings of the instructions an episode is told; `held_out` ones are for evaluation alone."""
 
 
 class MetaWorld:
@@ -78,6 +80,7 @@ class MetaWorld:
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise ConfigError(f"$.backend.options.cameras[{index}].name: {name!r} is the name of another camera")
+        wordings = TRAINING if options.instructions == "training" else HELD_OUT
         self._cameras = options.cameras
         self._spec = BackendSpec(
             name="metaworld",
@@ -85,7 +88,7 @@ class MetaWorld:
             state=STATE,
             action=ACTION,
             control_hz=CONTROL_HZ,
-            instructions={task: INSTRUCTIONS[task] for task in tasks},
+            instructions={task: wordings[task] for task in tasks},
             privileged=PRIVILEGED,
         )
         self._connected = False
@@ -276,8 +279,8 @@ def _expand(tasks: tuple[str, ...]) -> tuple[str, ...]:
     expanded: dict[str, None] = {}
     for index, name in enumerate(tasks):
         members = GROUPS.get(name, (name,))
-        if members == (name,) and name not in INSTRUCTIONS:
-            near = difflib.get_close_matches(name, [*INSTRUCTIONS, *GROUPS], n=1)
+        if members == (name,) and name not in TRAINING:
+            near = difflib.get_close_matches(name, [*TRAINING, *GROUPS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"$.backend.options.tasks[{index}]: MetaWorld has no task {name!r}{hint} "

@@ -19,6 +19,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from bridge.backend import all_instructions, instruction_of
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
 from fieldtune.deployment import Deployment
@@ -207,7 +208,7 @@ def serve(
     stop = stop_when_closed(connection)
     log = EpisodeLog(log_directory)
     try:
-        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0))
+        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0), balance="equal")
         server = PolicyServer(
             endpoint,
             make_live(),
@@ -245,7 +246,7 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     torch.set_num_threads(1)
     run, config = RunDir(directory / "run"), deployment.trainer
     backend = make_backend(deployment.backend)
-    task, instruction = next(iter(backend.spec.instructions.items()))
+    task = next(iter(backend.spec.instructions))
     backend.connect()
     try:
         backend.reset(task, 0)
@@ -253,8 +254,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     finally:
         backend.stop()
         backend.close()
-    tokenizer = build_tokenizer(backend.spec.instructions.values(), config.vla.vocabulary, config.vla.max_tokens)
-    seen["tokens"] = encode(tokenizer, instruction, config.vla.max_tokens)
+    tokenizer = build_tokenizer(all_instructions(backend.spec), config.vla.vocabulary, config.vla.max_tokens)
+    seen["tokens"] = encode(tokenizer, instruction_of(backend.spec, task, 0), config.vla.max_tokens)
     probe = {name: np.stack([array, array]) for name, array in seen.items() if name != "privileged"}
     registry = Registry(run.registry)
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bridge.backend import instruction_of
 from bridge.backends import make_backend
 from bridge.client import PolicyClient
 from bridge.config import BridgeConfig
@@ -40,7 +41,7 @@ def direct(connection: Connection, deployment: Deployment, bundle: Path, core: i
     os.sched_setaffinity(0, {core})
     backend = make_backend(deployment.backend)
     policy = Policy.load(bundle, threads=1)
-    tasks = list(backend.spec.instructions.items())
+    tasks = list(backend.spec.instructions)
     horizon_steps = deployment.bridge.horizon_steps
     backend.connect()
     connection.send("ready")
@@ -50,7 +51,7 @@ def direct(connection: Connection, deployment: Deployment, bundle: Path, core: i
         while episodes < 2 or time.monotonic() - start_s < seconds:
             if episodes == 1:  # the first one is warm-up
                 steps, start_s, start_cpu_s = 0, time.monotonic(), time.process_time()
-            task, instruction = tasks[episodes % len(tasks)]
+            task = tasks[episodes % len(tasks)]
             backend.reset(task, episodes)
             status, step = "running", 0
             while status == "running" and step < horizon_steps:
@@ -61,7 +62,7 @@ def direct(connection: Connection, deployment: Deployment, bundle: Path, core: i
                     episode=f"{episodes:024x}",
                     decision=step,
                     step=step,
-                    instruction=instruction,
+                    instruction=instruction_of(backend.spec, task, episodes),
                     tensors=observation_tensors(backend.observe()),
                     explore=True,
                     arrived_s=0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 from rich.table import Table
 
@@ -15,6 +16,8 @@ from runtime.supervisor import stop_on_signals
 from trainer.evaluate import evaluate as run_evaluation
 from trainer.statistics import Evaluation
 
+HELD_OUT = "held_out"
+
 
 def evaluate(
     config: Config,
@@ -23,6 +26,7 @@ def evaluate(
     overrides: Set = (),
     policy: str | None = None,
     episodes: int | None = None,
+    instructions: Literal["training", "held_out"] | None = None,
     as_json: Json = False,
 ) -> int:
     """Evaluate one version of a run: mean action, goals from seeds that training never sees, Wilson 95 % intervals.
@@ -33,11 +37,16 @@ def evaluate(
     Examples:
       fieldtune eval quickstart
       fieldtune eval quickstart --policy 3fa9 --episodes 100
+      fieldtune eval quickstart --instructions held_out
 
     Args:
         policy: version id or a unique prefix of it; the live version if not given
         episodes: episodes per task, if not as configured
+        instructions: wordings that the policy is told, for a backend that has the option `instructions`; `held_out`
+            are those it was not trained on, with a log and a result of their own
     """
+    if instructions is not None:
+        overrides = (*overrides, f"backend.options.instructions={instructions}")
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
     registry = Registry(run_dir(deployment).registry)
@@ -70,6 +79,7 @@ def evaluate_version(
     """Evaluate with a progress bar; None if stopped before the end."""
     settings = deployment.trainer.evaluate
     tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    held_out = deployment.backend.options.get("instructions") == HELD_OUT
     with progress_bar(f"{title} {version[:8]}", quiet=quiet) as advance:
         return run_evaluation(
             run_dir(deployment),
@@ -78,6 +88,7 @@ def evaluate_version(
             episodes_per_task=episodes or settings.episodes_per_task,
             first_seed=settings.first_seed,
             horizon_steps=deployment.bridge.horizon_steps,
+            variant=HELD_OUT if held_out else "",
             workers=deployment.bridge.workers,
             worker_command=lambda i, endpoint: drive_command(
                 config, (*overrides, "bridge.keys=null", f"bridge.endpoint={endpoint}"), f"eval-{i}"

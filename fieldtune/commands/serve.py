@@ -9,7 +9,7 @@ from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Set, run_dir, warn
 from fieldtune.deployment import load_deployment
 from runtime.episodes import EpisodeLog
-from runtime.schedule import Training
+from runtime.schedule import WINDOW_EPISODES, Training
 from runtime.server import PolicyServer
 from runtime.supervisor import stop_on_signals
 from runtime.swap import Live
@@ -39,7 +39,14 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
         # Seeds go on from where the log stands, so that a restart does not repeat them.
         rng = np.random.default_rng([deployment.seed, log.index.count()])
         trainer = deployment.trainer
-        schedule = Training(tasks, trainer.train_first_seed, trainer.train_seeds, rng)
+        schedule = Training(
+            tasks,
+            trainer.train_first_seed,
+            trainer.train_seeds,
+            rng,
+            balance=settings.balance,
+            recent={task: log.index.recent_successes(task, WINDOW_EPISODES) for task in tasks},
+        )
         server = PolicyServer(
             resolve_endpoint(settings.serve.endpoint, deployment.run_dir),
             live,

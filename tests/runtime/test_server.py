@@ -166,7 +166,7 @@ def test_an_episode_is_on_disk_and_indexed_when_it_is_acknowledged(serve: Any, p
     episode = read_episode(serving.log.index.path(row))
     assert episode.start.episode == assignment.episode == stored.episode
     assert (episode.start.task, episode.start.seed) == (assignment.task, assignment.seed)
-    assert episode.start.instruction == point.spec.instructions[assignment.task]
+    assert (episode.start.instruction,) == point.spec.instructions[assignment.task]
     assert episode.start.client == "robot" and episode.start.explore and episode.start.source == "policy"
     assert [decision.step for decision in episode.decisions] == [0, 4, 5]
     assert [len(decision.sent) for decision in episode.decisions] == [4, 1, 3]
@@ -535,6 +535,17 @@ def test_a_reply_to_a_client_that_has_gone_is_counted(serve: Any, point: Backend
     serving.robot(point.spec).run_episode(point.spec)
 
 
+def test_an_episode_is_told_the_wording_of_its_seed(serve: Any, point: Backend) -> None:
+    spec = replace(point.spec, instructions={"reach": ("go", "move", "run")})
+    serving = serve(schedule=FixedList([("reach", seed) for seed in range(4, 10)]))
+    robot = serving.robot(spec)
+    for seed in range(4, 10):
+        stored = robot.run_episode(spec)
+        row = row_of(serving, stored.episode)
+        assert row is not None and row.seed == seed
+        assert read_episode(serving.log.index.path(row)).start.instruction == ("go", "move", "run")[seed % 3]
+
+
 def test_an_instruction_that_the_policy_cannot_read_is_refused_at_hello(
     serve: Any, point: Backend, fake_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,7 +559,7 @@ def test_an_instruction_that_the_policy_cannot_read_is_refused_at_hello(
 
     monkeypatch.setattr(policy, "tokens", tokens)
     serving = serve(policy=policy)
-    spec = replace(point.spec, instructions={"short": "go", "long": "go to the far end of the room"})
+    spec = replace(point.spec, instructions={"short": "go", "long": ("go", "go to the far end of the room")})
     answer = refused(lambda: serving.client().hello(spec))
     assert (answer.code, answer.field, answer.message) == ("spec", "spec.instructions.long", "too long")
     serving.client().hello(replace(spec, instructions={"short": "go"}))
@@ -908,7 +919,7 @@ def test_a_garbled_backend_spec_is_refused_or_welcomed_and_nothing_else(serve: A
         state=st.sampled_from([point.spec.state, VectorSpec(("x",), ())]),
         action=st.sampled_from([point.spec.action, ActionSpec(("vx",), (), (), (1.0,), "delta")]),
         control_hz=st.just(10.0) | numbers,
-        instructions=st.dictionaries(texts, texts, max_size=3),
+        instructions=st.dictionaries(texts, texts | st.lists(texts, min_size=1, max_size=3), max_size=3),
         privileged=st.none() | st.builds(VectorSpec, st.tuples(texts), st.just(())),
     )
 

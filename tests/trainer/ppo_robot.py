@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge.backend import instruction_of
 from bridge.backends import make_backend
 from bridge.config import BackendConfig
 from runtime.episode import DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
@@ -143,12 +144,12 @@ class Robot:
         assert done.wait(10.0)
 
     def _start(self, episode: str, seed: int, explore: bool) -> EpisodeStart:
-        task, instruction = next(iter(self._backend.spec.instructions.items()))
+        task = next(iter(self._backend.spec.instructions))
         return EpisodeStart(
             format=1,
             episode=episode,
             task=task,
-            instruction=instruction,
+            instruction=instruction_of(self._backend.spec, task, seed),
             seed=seed,
             source="policy",
             explore=explore,

@@ -106,7 +106,33 @@ def test_normalised_by_task_over_the_fresh_decisions_only() -> None:
     advantage = np.array([1.0, 3.0, 100.0, 500.0, 900.0, 5.0])
     task = np.array([0, 0, 0, 1, 1, 2])
     used = np.array([True, True, False, True, True, True])
-    assert normalise_by_task(advantage, task, used).tolist() == [-1.0, 1.0, 0.0, -1.0, 1.0, 0.0]
+    # Task 0 has one episode and a spread of 1, the geometric mean with task 1's 200 counts as two; 1 is its own third.
+    small = 1.0 / np.sqrt(200) ** (2 / 3)
+    assert normalise_by_task(advantage, task, task, used) == pytest.approx([-small, small, 0.0, -1.0, 1.0, 0.0])
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e3), st.integers(1, 30))
+def test_one_task_alone_is_standardised_whatever_its_scale(seed: int, scale: float, episodes: int) -> None:
+    advantage = scale * np.random.default_rng(seed).normal(3.0, 1.0, 60)
+    task, episode = np.zeros(60, np.int64), np.arange(60) % episodes
+    normal = normalise_by_task(advantage, task, episode, np.ones(60, bool))
+    assert normal.mean() == pytest.approx(0.0, abs=1e-9) and normal.std() == pytest.approx(1.0)
+
+
+def test_a_lone_episode_that_hardly_differs_stays_small_and_many_of_them_do_not() -> None:
+    rng = np.random.default_rng(0)
+
+    def spread(own_episodes: int) -> tuple[float, float]:
+        """Standard deviation after normalisation of a task of scale 0.01, beside one of scale 1 with 20 episodes."""
+        task = np.repeat([0, 1], [12 * own_episodes, 12 * 20])
+        advantage = rng.normal(0.0, np.where(task == 0, 0.01, 1.0))
+        normal = normalise_by_task(advantage, task, np.arange(len(task)) // 12, np.ones(len(task), bool))
+        return float(normal[task == 0].std()), float(normal[task == 1].std())
+
+    lone, other = spread(1)
+    assert lone < 0.1 and other == pytest.approx(1.0)
+    many, other = spread(40)
+    assert many > 0.8 and other == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.7])

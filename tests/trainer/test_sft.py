@@ -10,10 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.numpy import load_file
 
+from bridge.backend import instruction_of
 from bridge.backends import make_backend
+from bridge.backends.point import Point, PointOptions
 from bridge.config import BackendConfig
+from runtime.bundle import read_bundle
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
@@ -31,6 +35,14 @@ CONFIG = TrainerConfig(
     vla=VLAConfig(horizon_steps=4, channels=(16, 32), width=64, text_width=16, max_tokens=16, vocabulary=300),
     sft=SFTConfig(steps=260, batch=48, lr=5e-3, shift_px=1),
 )
+
+
+class Worded(Point):
+    """`point` with these wordings of its task."""
+
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        super().__init__(PointOptions(size_px=16))
+        self._spec = replace(self._spec, instructions={"reach": texts})
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +108,20 @@ def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tupl
         spread.append((samples.target**2 * executed).mean())
         np.testing.assert_allclose(log_std, np.log(CONFIG.vla.sigma), atol=1e-6)
     assert np.mean(errors) < 0.7 * np.mean(spread)
+
+
+def test_each_demonstration_is_learned_with_the_wording_that_it_was_told(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8))
+    backend = Worded(("move the dot", "to the square go"))
+    collect_demos(backend, run.demos, config.demos, (), 60, lambda done, total: None)
+    seeds = [row.seed for row in demo_rows(EpisodeIndex(run.demos), "reach", config.demos)]
+    version = run_sft(run, Worded(("move", "the dot", "to the square go")).spec, config, 0, lambda step, steps: None)
+    assert version is not None
+    bundle = read_bundle(run.policies / version)
+    tokens = Policy.load(run.policies / version).tokens
+    learned = [tokens(instruction_of(backend.spec, "reach", seed)).tolist() for seed in seeds]
+    found = bundle.probe_inputs["tokens"].tolist()
+    assert found[0] == learned[0] and found[-1] == learned[-1]
 
 
 def test_metrics_and_the_last_checkpoint(finished: tuple[RunDir, str]) -> None:
