@@ -69,10 +69,11 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """lambda of GAE, over decisions."""
     clip: Positive = 0.2
     """Clipping range of the ratio of the executed slice."""
-    target_kl: Positive = 0.3
-    """A pass over the batch stops when the mean KL to the behaviour policy is above this."""
-    lr: Positive = 1e-4
-    """Learning rate of the actor."""
+    target_kl: Positive = 0.05
+    """KL that an update should have, in nats a decision: the learning rate follows it, and an update that is at twice
+    this ends."""
+    lr: Positive = 5e-5
+    """Learning rate of the actor at first; it stays between a tenth of this and ten times this."""
     epochs: Count = 5
     """Passes over the batch."""
     minibatch: Count = 500

@@ -29,7 +29,12 @@ CONFIG = TrainerConfig(
     vla=VLAConfig(horizon_steps=4, channels=(16, 32), width=64, text_width=8, max_tokens=16, sigma=0.3),
     sft=SFTConfig(steps=800, batch=64, lr=3e-3, shift_px=0),
     ppo=PPOConfig(
-        lr=1e-3, epochs=8, minibatch=256, critic_warmup_iterations=1, critic_warmup_epochs=30, step_cost=0.02
+        lr=3e-4,
+        epochs=8,
+        minibatch=256,
+        critic_warmup_iterations=1,
+        critic_warmup_epochs=30,
+        step_cost=0.02,
     ),
     buffer=BufferConfig(per_task=250),
     weight=WeightConfig(ramp_iterations=1.0, cloning_scale=0.01),
