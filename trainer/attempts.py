@@ -89,6 +89,7 @@ def attempts_here(backend: Backend, horizon_steps: int, pick: Pick, stopped: Sto
             task = job.task
             yield attempt
     finally:
+        backend.stop()
         backend.close()
 
 

@@ -26,8 +26,8 @@ from trainer.environment import usable_cores
 
 ATTEMPTS_PER_DEMO = 5
 STORE_TIMEOUT_S = 60.0
-DEMOS_PER_WORKER = 5
-"""A worker that makes fewer takes longer to start, with its simulator, than it saves."""
+DEMOS_PER_WORKER = 10
+"""Where the number of workers is left to us: to start a simulator costs as much as about ten demonstrations with it."""
 SEEDS_AHEAD = 64
 """How far attempts of a task may go ahead of the first one that is not answered: what waits for it is in memory."""
 
@@ -90,7 +90,7 @@ def collect_demos(
     try:
         index = EpisodeIndex(directory)
         seeds = {task: _Seeds(task, demo_rows(index, task, config), config, horizon_steps) for task in tasks}
-        wanted = config.per_task * len(tasks)
+        wanted = config.per_task * len(seeds)
         kept = sum(own.successes for own in seeds.values())
         progress(kept, wanted)
 

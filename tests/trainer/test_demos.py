@@ -13,13 +13,13 @@ from random import Random
 
 import numpy as np
 import pytest
+from demo_backends import Leisurely, Troubled
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from bridge.backend import Backend, BackendError
 from bridge.backends import make_backend
-from bridge.backends.point import Point, PointOptions
 from bridge.config import BackendConfig
 from runtime.episode import EndRecord, EpisodeStart
 from runtime.index import EpisodeIndex
@@ -33,40 +33,7 @@ HORIZON = 20  # at half speed some goals are farther away than this
 ENOUGH_S = 60.0
 
 point = partial(make_backend, BackendConfig("point"))
-
-
-class Troubled(Point):
-    """`point`, in trouble where it is reset to one seed."""
-
-    def __init__(self, trouble: str, seed: int) -> None:
-        super().__init__(PointOptions())
-        self.trouble, self.seed = trouble, seed
-
-    def reset(self, task: str, seed: int) -> None:
-        super().reset(task, seed)
-        if seed == self.seed:
-            match self.trouble:
-                case "refuses":
-                    raise BackendError("the cable fell out")
-                case "raises":
-                    raise RuntimeError("a mistake in the backend")
-                case "dies":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "hangs":
-                    time.sleep(1000)
-
-
-class Leisurely(Point):
-    """`point` with two tasks; every third attempt takes its time, so that answers come in another order."""
-
-    def __init__(self) -> None:
-        super().__init__(PointOptions())
-        self._spec = replace(self._spec, instructions={"reach": "go", "again": "go"})
-
-    def reset(self, task: str, seed: int) -> None:
-        super().reset(task, seed)
-        if seed % 3 == 0:
-            time.sleep(0.05)
+SPEC = point().spec
 
 
 def collect(
@@ -184,12 +151,12 @@ def test_an_error_of_the_backend_leaves_a_log_that_goes_on(tmp_path: Path) -> No
 def test_several_workers_make_what_one_makes(tmp_path: Path) -> None:
     one = collect(tmp_path / "one", 12, make=Leisurely)
     assert one.failed > 0 and set(one.tasks) == {"reach", "again"}
-    first = collect(tmp_path / "three", 12, make=Leisurely, workers=3, stop_after=8)
+    first = collect(tmp_path / "two", 12, make=Leisurely, workers=2, stop_after=8)
     assert 0 < first.kept < one.kept
-    assert collect(tmp_path / "three", 12, make=Leisurely, workers=3) == one
-    assert EpisodeIndex(tmp_path / "three").count() == one.kept
+    assert collect(tmp_path / "two", 12, make=Leisurely, workers=2) == one
+    assert EpisodeIndex(tmp_path / "two").count() == one.kept
     for task in one.tasks:
-        assert content(tmp_path / "three", 12, task) == content(tmp_path / "one", 12, task)
+        assert content(tmp_path / "two", 12, task) == content(tmp_path / "one", 12, task)
     assert not multiprocessing.active_children()
 
 
@@ -259,12 +226,11 @@ def group_lives(group: int) -> bool:
 
 def test_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demos, "usable_cores", lambda: 8)
-    spec = point().spec
     own = DemosConfig()
-    assert [worker_count(own, spec, missing) for missing in (0, 3, 10, 40, 400)] == [1, 1, 2, 8, 8]
-    assert worker_count(own, replace(spec, paced=True), 400) == 1
+    assert [worker_count(own, SPEC, missing) for missing in (0, 3, 10, 40, 400)] == [1, 1, 1, 4, 8]
+    assert worker_count(own, replace(SPEC, paced=True), 400) == 1
     three = DemosConfig(workers=3)
-    assert [worker_count(three, spec, missing) for missing in (0, 2, 400)] == [1, 2, 3]
+    assert [worker_count(three, SPEC, missing) for missing in (0, 2, 400)] == [1, 2, 3]
 
 
 @given(st.lists(st.booleans(), min_size=35, max_size=35), st.integers(1, 7), st.integers(1, 5), st.randoms())
@@ -307,7 +273,7 @@ def shown(seed: int, succeeds: list[bool]) -> Demonstration | None:
         source="expert",
         explore=False,
         client="",
-        spec=point().spec,
+        spec=SPEC,
         started_unix_s=0.0,
     )
     return Demonstration(start, [], EndRecord(status="success", steps=0, reason="", tensors={}))
