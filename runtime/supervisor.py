@@ -79,7 +79,7 @@ class Child:
         self._failures.append(now_s)
         while now_s - self._failures[0] > FAILURE_WINDOW_S:
             self._failures.popleft()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        how = how_it_ended(code)
         if code == BAD_USAGE or len(self._failures) >= MAX_FAILURES:
             raise ChildFailedError(f"{self.name} {how}{self.tail()}")
         pause_s = min(0.25 * 2 ** len(self._failures), 8.0)
@@ -126,6 +126,11 @@ class Child:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
         self.process = None
+
+
+def how_it_ended(code: int) -> str:
+    """A failure's exit code in words; negative ones are signals."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
 def stop_on_signals() -> threading.Event:

@@ -19,6 +19,9 @@ class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Successful demonstrations collected for each task."""
     first_seed: int = 0
     """Seeds are taken from here upwards; a demonstration that fails is not kept and its seed is passed over."""
+    workers: Count | None = None
+    """Processes that each drive one backend. None: one for each core, as far as there is work for them, but one for a
+    backend whose time passes by itself (a robot). The demonstrations are the same for any number."""
 
 
 class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):

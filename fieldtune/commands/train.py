@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ ANNOUNCE_TIMEOUT_S = 10.0
 def demos(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Collect scripted demonstrations of every task until there are `trainer.demos.per_task` successes of each.
 
-    What is there already counts, so the command goes on where it stopped.
+    What is there already counts, so the command goes on where it stopped. Several processes share the work
+    (`trainer.demos.workers`); which demonstrations come out does not depend on how many.
 
     Examples:
       fieldtune demos quickstart
@@ -31,7 +33,7 @@ def demos(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> i
     stop = stop_on_signals()
     with progress_bar("demonstrations", quiet=as_json) as advance:
         summary = collect_demos(
-            make_backend(deployment.backend),
+            partial(make_backend, deployment.backend),
             run_dir(deployment).demos,
             deployment.trainer.demos,
             deployment.trainer.tasks,

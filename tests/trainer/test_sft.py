@@ -49,7 +49,7 @@ class Worded(Point):
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demos")
     backend = make_backend(BackendConfig("point", {"size_px": 16}))
-    collect_demos(backend, directory, DemosConfig(per_task=40), (), 60, lambda done, total: None)
+    collect_demos(lambda: backend, directory, DemosConfig(per_task=40, workers=1), (), 60, lambda done, total: None)
     return directory
 
 
@@ -113,7 +113,7 @@ def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tupl
 def test_each_demonstration_is_learned_with_the_wording_that_it_was_told(tmp_path: Path) -> None:
     run, config = RunDir(tmp_path / "run"), replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8))
     backend = Worded(("move the dot", "to the square go"))
-    collect_demos(backend, run.demos, config.demos, (), 60, lambda done, total: None)
+    collect_demos(lambda: backend, run.demos, config.demos, (), 60, lambda done, total: None)
     seeds = [row.seed for row in demo_rows(EpisodeIndex(run.demos), "reach", config.demos)]
     version = run_sft(run, Worded(("move", "the dot", "to the square go")).spec, config, 0, lambda step, steps: None)
     assert version is not None
