@@ -53,8 +53,8 @@ LR_STEP, LR_RANGE = 1.2, 10.0  # see adapted_lr
 KL_STOP = 2.0  # an update ends where its KL is above this many times the target
 PRECISION_SAMPLE = 128
 # bfloat16 halves the time of a gradient step, but rounds the log-prob: by 0.04 (standard deviation) for a chunk of
-# 8 x 4 numbers at sigma 0.15, in proportion to 1 / sigma and more for correlated noise. Up to this share of the clipping
-# range it only blurs where clipping begins.
+# 8 x 4 numbers at sigma 0.15, in proportion to 1 / sigma and more for correlated noise. Up to this share of the
+# clipping range it only blurs where clipping begins.
 PRECISION_SHARE = 0.5
 
 
