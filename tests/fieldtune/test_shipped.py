@@ -109,9 +109,34 @@ def test_what_is_neither_a_version_nor_a_bundle_is_refused(
     assert not (tmp_path / "runs" / "point" / "eval").exists()
 
 
-@pytest.mark.parametrize(
-    "line", ["eval point --policy made", "policies add point made", "up point --set trainer.policy=made"]
-)
+WIDE = """
+from bridge.backends.point import Point, PointOptions
+from msgspec.structs import replace
+
+
+class Wide(Point):
+    def __init__(self):
+        super().__init__(PointOptions(size_px=32))
+        self._spec = replace(self._spec, action=replace(self._spec.action, high=(2.0, 1.0)))
+"""
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> TinyBundle:
+    """Ship the configuration `point` and one policy, `made`, and run in an empty directory."""
+    monkeypatch.setattr(deployment, "_shipped", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "configs" / "point.yaml", tmp_path)
+
+    def ship(**changes: Any) -> str:
+        version = tiny_bundle(tmp_path / "policies", 0.5, **changes)
+        (tmp_path / "policies" / version).rename(tmp_path / "policies" / "made")
+        return version
+
+    return ship
+
+
+@pytest.mark.parametrize("line", ["eval point --policy made", "policies add point made"])
 @pytest.mark.parametrize(
     ("changes", "settings", "field"),
     [
@@ -125,76 +150,73 @@ def test_a_policy_for_another_robot_is_refused_by_field(
     settings: tuple[str, ...],
     field: str,
     tmp_path: Path,
-    tiny_bundle: TinyBundle,
+    shipped: TinyBundle,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "robots.py").write_text(WIDE)
-    version = tiny_bundle(tmp_path / "policies", 0.5, **changes)
-    (tmp_path / "policies" / version).rename(tmp_path / "policies" / "made")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(deployment, "_shipped", lambda: tmp_path)
-    shutil.copy(ROOT / "configs" / "point.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    settings = (*settings, "--set", "trainer.vla.max_tokens=0") if line.startswith("up") else settings
+    shipped(**changes)
     assert run([*line.split(), *settings]) == 1
     assert field in capsys.readouterr().err
+    assert Registry(RunDir(tmp_path / "runs" / "point").registry).list() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("up point", "$.trainer.vla.max_tokens: is 16, the policy made has 0"),
+        ("up point --set trainer.vla.horizon_steps=8", "$.trainer.vla.horizon_steps: is 8, the policy made has 4"),
+        ("up point --set trainer.policy=mede", "mede: no such directory, and no shipped policy of that name (made)"),
+        ("sft point", "$.trainer.policy: the run starts from made as it is"),
+        ("pretrain point", "$.trainer.policy: the run starts from made as it is"),
+    ],
+)
+def test_a_start_that_cannot_go_well_is_refused_before_demonstrations_are_collected(
+    line: str,
+    message: str,
+    tmp_path: Path,
+    shipped: TinyBundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shipped()
+    command, config, *settings = line.split()
+    assert run([command, config, "--set", "trainer.policy=made", *settings]) == 2
+    assert message in capsys.readouterr().err
     assert not RunDir(tmp_path / "runs" / "point").demos.exists()
     assert Registry(RunDir(tmp_path / "runs" / "point").registry).list() == []
 
 
-WIDE = """
-from bridge.backends.point import Point, PointOptions
-from msgspec.structs import replace
-
-
-class Wide(Point):
-    def __init__(self):
-        super().__init__(PointOptions(size_px=32))
-        self._spec = replace(self._spec, action=replace(self._spec.action, high=(2.0, 1.0)))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_deployment_goes_on_from_a_shipped_policy_as_it_is(clone: Path) -> None:
-    fieldtune("demos", "point", *QUICK, "--set", "name=source", checkout=clone)
-    version = ask("sft", "point", *QUICK, "--set", "name=source", checkout=clone)["version"]
-    shutil.copytree(clone.parent / "runs" / "source" / "policies" / version, clone / "configs" / "policies" / "mt10")
-    run = RunDir(clone.parent / "runs" / "point")
-    policy = (*QUICK, "--set", "trainer.policy=mt10")
-    small = ("--set", "trainer.stop.iterations=3", "--set", "trainer.evaluate.episodes_per_task=3")
-
-    # What cannot go well says so before anything is collected.
-    for setting, word in (
-        ("trainer.vla.horizon_steps=8", "$.trainer.vla.horizon_steps: is 8, the policy mt10 has 4"),
-        ("trainer.vla.max_tokens=8", "$.trainer.vla.max_tokens: is 8, the policy mt10 has 16"),
-        ("trainer.policy=mt11", "mt11: no such directory, and no shipped policy of that name (made, mt10)"),
-    ):
-        assert word in fieldtune("up", "point", *policy, "--set", setting, "--fresh", checkout=clone, code=2).stderr
-    for command in ("sft", "pretrain"):
-        assert "$.trainer.policy" in fieldtune(command, "point", *policy, checkout=clone, code=2).stderr
-    assert not run.demos.exists()
-
-    # One that is only evaluated is not what the run started from.
-    ask(
-        "eval",
-        "point",
-        "--policy",
-        "made",
-        "--episodes",
-        "3",
-        "--set",
-        "trainer.evaluate.episodes_per_task=3",
-        checkout=clone,
+def test_a_deployment_goes_on_from_a_shipped_policy_as_it_is(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(clone.parent)
+    source = (*QUICK, "--set", "name=source")
+    assert run(["demos", "point", *source]) == run(["sft", "point", *source]) == 0
+    version = Registry(RunDir(clone.parent / "runs" / "source").registry).live()
+    assert version is not None
+    shutil.copytree(
+        RunDir(clone.parent / "runs" / "source").policies / version, clone / "configs" / "policies" / "mt10"
     )
-    report = ask("up", "point", *policy, *small, "--set", "trainer.ppo.sigma=0.3", "--fresh", checkout=clone)
+    small = (*QUICK, "--set", "trainer.stop.iterations=1", "--set", "trainer.evaluate.episodes_per_task=3")
+    # One that is only evaluated is not what the run started from.
+    ask("eval", "point", *small, "--policy", "made", checkout=clone)
+
+    report = ask(
+        "up", "point", *small, "--set", "trainer.policy=mt10", "--set", "trainer.ppo.sigma=0.3", checkout=clone
+    )
     assert report["before"]["version"] == version
-    assert run.demos.exists() and not run.sft.exists()
-    served = Registry(run.registry).served()
-    assert served[0].version == version and served[0].made == {"command": "import", "from": "mt10"}
-    assert served[1].made["command"] == "explore" and served[1].parent == version
-    metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert len(metrics) == 3 and metrics[0]["buffer_steps_by_task"]["reach"] is not None
-    refused = fieldtune("up", "point", *QUICK, *small, "--set", "trainer.policy=made", checkout=clone, code=2)
-    assert "$.trainer.policy: is made, but the run has started from another version" in refused.stderr
+    directory = RunDir(clone.parent / "runs" / "point")
+    assert directory.demos.exists() and not directory.sft.exists()
+    first, explores = Registry(directory.registry).served()
+    assert first.version == version and first.made == {"command": "import", "from": "mt10"}
+    assert explores.made["command"] == "explore" and explores.parent == version
+    (line,) = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert line["buffer_steps_by_task"]["reach"] > 0, "the demonstrations are in the buffer"
+
+    capsys.readouterr()
+    assert run(["up", "point", *small, "--set", "trainer.policy=made"]) == 2
+    assert "$.trainer.policy: is made, but the run has started from another version" in capsys.readouterr().err
