@@ -195,9 +195,8 @@ def test_a_deployment_goes_on_from_a_shipped_policy_as_it_is(
 ) -> None:
     monkeypatch.chdir(clone.parent)
     source = (*QUICK, "--set", "name=source")
-    assert run(["demos", "point", *source]) == run(["sft", "point", *source]) == 0
-    version = Registry(RunDir(clone.parent / "runs" / "source").registry).live()
-    assert version is not None
+    ask("demos", "point", *source, checkout=clone)
+    version = ask("sft", "point", *source, checkout=clone)["version"]
     shutil.copytree(
         RunDir(clone.parent / "runs" / "source").policies / version, clone / "configs" / "policies" / "mt10"
     )
@@ -217,6 +216,5 @@ def test_a_deployment_goes_on_from_a_shipped_policy_as_it_is(
     (line,) = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert line["buffer_steps_by_task"]["reach"] > 0, "the demonstrations are in the buffer"
 
-    capsys.readouterr()
     assert run(["up", "point", *small, "--set", "trainer.policy=made"]) == 2
     assert "$.trainer.policy: is made, but the run has started from another version" in capsys.readouterr().err
