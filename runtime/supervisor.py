@@ -27,9 +27,12 @@ class ChildFailedError(FieldtuneError):
     """A child process failed too often or beyond repair; the message has the end of its log."""
 
 
+STDERR = 2  # the descriptor; what a child says is no result of this process, so it does not go to its stdout
+
+
 @dataclass(slots=True)
 class Child:
-    """One child process. Its output goes to `log`, or to this process's own if `log` is None.
+    """One child process. Its output goes to `log`, or to the stderr of this process if `log` is None.
 
     The child lives no longer than its parent: its stdin is a pipe from here, and it stops when that closes, so even a
     parent killed by SIGKILL leaves nothing behind. Ctrl-C reaches only the parent, which stops its children in order.
@@ -53,7 +56,7 @@ class Child:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
-                stdout=output,
+                stdout=output or STDERR,
                 stderr=subprocess.STDOUT if output else None,
                 env={**os.environ, WATCH_STDIN: "1"},
                 start_new_session=True,

@@ -164,6 +164,9 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Tasks to train on; empty: all tasks of the backend."""
     start: str | None = None
     """Bundle that supervised fine-tuning starts from: a shipped one by name, or a path; none: a fresh network."""
+    policy: str | None = None
+    """The first version of the run: a bundle to go on from, as it is, instead of supervised fine-tuning; a shipped one
+    by name, or a path. Demonstrations are collected all the same where there is a scripted expert, for the buffer."""
     train_first_seed: int = 10_000
     """Seeds of training episodes are drawn from here upwards ..."""
     train_seeds: Count = 900_000

@@ -116,7 +116,7 @@ def read_run(path: Path) -> RunResults:
         raise ResultsError(f"{path} is not a run: it has no {run.config.name}; `fieldtune up` makes one")
     deployment: dict[str, Any] = msgspec.json.decode(run.config.read_bytes())
     registry = Registry(run.registry)
-    versions = registry.list()
+    versions = registry.served()
     if not versions:
         raise ResultsError(f"{path} has no version yet: its demonstrations or its fine-tuning are not done")
     first = versions[0]
