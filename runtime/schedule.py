@@ -30,7 +30,7 @@ from runtime.episode import End
 Balance = Literal["equal", "need"]
 
 WINDOW_EPISODES = 50
-LEAST, MOST = 0.5, 2.0  # of an equal share
+LEAST, MOST = 0.75, 1.5  # of an equal share
 BISECTIONS = 60  # the width is then below the rounding of a float
 
 

@@ -104,6 +104,11 @@ class DemoBuffer:
         return _gather(picked), task
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks it holds episodes of, in the order of the indices that `sample` gives."""
+        return tuple(self._entries)
+
+    @property
     def episodes(self) -> int:
         """Episodes in the buffer."""
         return sum(len(entries) for entries in self._entries.values())

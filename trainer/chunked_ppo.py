@@ -55,7 +55,7 @@ PRECISION_SAMPLE = 128
 # bfloat16 halves the time of a gradient step, but rounds the log-prob: by 0.04 (standard deviation) for a chunk of
 # 8 x 4 numbers at sigma 0.15, in proportion to 1 / sigma and more for correlated noise. Up to this share of the
 # clipping range it only blurs where clipping begins.
-PRECISION_SHARE = 0.5
+PRECISION_SHARE = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from bridge.backend import BackendSpec
+from bridge.config import ConfigError
+
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -162,6 +165,9 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     tasks: tuple[str, ...] = ()
     """Tasks to train on; empty: all tasks of the backend."""
+    post_train: tuple[str, ...] = ()
+    """Those of the tasks that are improved in deployment: no episodes of the others are collected, but they are cloned
+    from their demonstrations, so that they are not forgotten. Empty: all."""
     start: str | None = None
     """Bundle that supervised fine-tuning starts from: a shipped one by name, or a path; none: a fresh network."""
     policy: str | None = None
@@ -186,3 +192,15 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     weight: WeightConfig = WeightConfig()
     stop: StopConfig = StopConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def trained(self, spec: BackendSpec) -> tuple[str, ...]:
+        """Tasks of the backend that the policy is for."""
+        return self.tasks or tuple(spec.instructions)
+
+    def post_trained(self, spec: BackendSpec) -> tuple[str, ...]:
+        """Tasks that are improved in deployment. Raises `ConfigError` for one that the policy is not for."""
+        tasks = self.trained(spec)
+        for task in self.post_train:
+            if task not in tasks:
+                raise ConfigError(f"$.trainer.post_train: {task!r} is not among the tasks ({', '.join(tasks)})")
+        return self.post_train or tasks

@@ -110,7 +110,10 @@ class ContinualTrainer:
         """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
         self._run, self._config = run, config
         self._announce, self._stop, self._warn = announce, stop, warn
-        self._tasks = config.tasks or tuple(spec.instructions)
+        self._tasks = config.post_trained(spec)
+        # Behind those that are improved, so that a task has one index in batch and buffer.
+        rehearsed = tuple(task for task in config.trained(spec) if task not in self._tasks)
+        held = self._tasks + rehearsed
         self._registry = Registry(run.registry)
         self._checkpoint_path = run.trainer / "checkpoint.pt"
         self._rng = np.random.default_rng(seed)
@@ -132,7 +135,7 @@ class ContinualTrainer:
         self._actor_optimiser = self._new_actor_optimiser()
         self._critic_optimiser = torch.optim.Adam(self._critic.parameters(), lr=config.ppo.critic_lr)
         self._behaviours = Behaviours(run.policies, self._vla, config.max_staleness_versions + 2)
-        self._buffer = DemoBuffer(config.buffer, self._tasks)
+        self._buffer = DemoBuffer(config.buffer, held)
         self._weight = WeightSchedule(config.weight, config.ppo.target_kl, self._tasks)
         self._state = TrainerState(
             iteration=0,
@@ -150,7 +153,7 @@ class ContinualTrainer:
             self._restore(checkpoint)
         self._behaviours.remember(start, self._vla)
         if not checkpoint:
-            if not self._experience.seed(self._buffer, self._tasks, config.demos):
+            if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._set_exploration()
         self._collect_wait_s = 0.0
@@ -343,7 +346,8 @@ class ContinualTrainer:
             batch,
             advantage,
             self._buffer,
-            np.array([weight.by_task[task] for task in self._tasks], np.float32),
+            # What is only rehearsed is only cloned.
+            np.array([weight.by_task.get(task, 0.0) for task in self._buffer.tasks], np.float32),
             self._config.ppo,
             cloning_scale=self._config.weight.cloning_scale,
             frozen=self._frozen,

@@ -55,7 +55,7 @@ def run_sft(
     None returned. Raises `SFTError` if the run has no demonstrations of a task, `BundleError` if `start` is of another
     network.
     """
-    tasks = config.tasks or tuple(spec.instructions)
+    tasks = config.trained(spec)
     index = EpisodeIndex(run.demos)
     rows = {task: demo_rows(index, task, config.demos) for task in tasks}
     for task, own in rows.items():

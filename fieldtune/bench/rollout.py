@@ -205,7 +205,7 @@ def _run_loop(
 ) -> tuple[list[tuple[float, ...]], float]:
     """Results of the workers, and the server's processor seconds meanwhile."""
     with tempfile.TemporaryDirectory(prefix="fieldtune-bench-") as sockets:
-        tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+        tasks = deployment.trainer.trained(make_backend(deployment.backend).spec)
         arguments = (live_of(run), f"ipc://{sockets}/policy.sock", run.episodes, tasks, deployment.bridge.horizon_steps)
         with process(common.serve, *arguments) as (pid, endpoint):
             # Each thread has its own mask; those that run now are all that there will be.

@@ -80,7 +80,7 @@ def evaluate_version(
 ) -> Evaluation | None:
     """Evaluate with a progress bar; None if stopped before the end."""
     settings = deployment.trainer.evaluate
-    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    tasks = deployment.trainer.trained(make_backend(deployment.backend).spec)
     held_out = deployment.backend.options.get("instructions") == HELD_OUT
     with progress_bar(f"{title} {version[:8]}", quiet=quiet) as advance:
         return run_evaluation(

@@ -32,7 +32,7 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     stop = stop_on_signals()
     run = run_dir(deployment)
     settings = deployment.runtime
-    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    tasks = deployment.trainer.post_trained(make_backend(deployment.backend).spec)
     live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
     log = EpisodeLog(run.episodes, queue_mb=settings.log.queue_mb, keep_gb=settings.log.keep_gb)
     try:
