@@ -59,7 +59,6 @@ class PolicyClient:
         self.keys = keys
         self.dropped = 0
         self._request = 0
-        self._asked = 0
         self._posted: dict[int, Reply | None] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
@@ -77,8 +76,8 @@ class PolicyClient:
     ) -> tuple[R, dict[str, NDArray[Any]]]:
         """Send a request and wait for its reply of type `kind`.
 
-        Raises `SilentError` after the deadline, `RefusedError` if the runtime refuses this or an earlier notification,
-        and `WireError` if what came cannot be read.
+        Raises `SilentError` after the deadline, `RefusedError` if the runtime refuses, and `WireError` if what came
+        cannot be read.
         """
         reply, tensors = self.ask(message, arrays, timeout_s)
         if not isinstance(reply, kind):
@@ -90,17 +89,15 @@ class PolicyClient:
     ) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """`request` for a message that has replies of several types."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        before = self._asked
-        sent = self._asked = self._send(message, arrays, limit_s)
+        sent = self._send(message, arrays, limit_s)
         deadline = time.monotonic() + limit_s
         while True:
             reply, tensors = self._receive(deadline, type(message).__name__)
             if reply.request in self._posted:
                 self._posted[reply.request] = reply
                 continue
-            # A refusal may also be of a notification since the last request, or of a message that could not be read
-            # and so has no id.
-            if isinstance(reply, Refused) and (reply.request == 0 or before < reply.request <= sent):
+            # A message that could not be read has no id.
+            if isinstance(reply, Refused) and reply.request in (0, sent):
                 raise RefusedError(reply)
             if reply.request == sent:
                 return reply, tensors
@@ -129,10 +126,6 @@ class PolicyClient:
         if not isinstance(posted, kind):
             raise WireError("kind", f"a request was answered by {type(posted).__name__}, not {kind.__name__}")
         return posted
-
-    def notify(self, message: Message, arrays: Arrays | None = None) -> None:
-        """Send a message that is answered only if it is refused; the next `request` raises the refusal."""
-        self._send(message, arrays, self.timeout_s)
 
     def close(self) -> None:
         """Close the connection; idempotent."""

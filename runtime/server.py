@@ -34,7 +34,6 @@ from bridge.messages import (
     Code,
     EndEpisode,
     EpisodeStored,
-    Executed,
     GetStatus,
     Hello,
     Infer,
@@ -61,7 +60,7 @@ from runtime.policy import InstructionError, compare_specs
 from runtime.records import tensor_records
 from runtime.registry import RegistryError
 from runtime.schedule import Schedule
-from runtime.sessions import OpenEpisode, RefusalError, Session, Sessions
+from runtime.sessions import OpenEpisode, RefusalError, Session, Sessions, take_report
 from runtime.status import Counters, EpisodeBrief, Status
 
 POLL_MS = 100
@@ -234,8 +233,6 @@ class PolicyServer:
         match message:
             case Infer():
                 self._infer(self._sessions.find(message.session, identity), message, arrays)
-            case Executed():
-                self._executed(self._sessions.find(message.session, identity), message, arrays)
             case EndEpisode():
                 self._end_episode(self._sessions.find(message.session, identity), message, arrays)
             case NextEpisode():
@@ -311,9 +308,12 @@ class PolicyServer:
 
     def _infer(self, session: Session, message: Infer, arrays: dict[str, NDArray[Any]]) -> None:
         opened = _opened(session)
-        opened.check_infer(message)
+        report = take_report(arrays)
+        k = self._check_report(opened, message, report)
+        opened.check_infer(message, k)
         assert session.spec is not None
         check_observation(arrays, session.spec)
+        self._note_report(opened, message.executed, k, report)
         if not opened.started:
             opened.started = True
             self._log.start(
@@ -376,18 +376,26 @@ class PolicyServer:
             )
             self._log.append(pending.episode, record)
 
-    def _executed(self, session: Session, message: Executed, arrays: dict[str, NDArray[Any]]) -> None:
-        opened = _opened(session)
+    def _check_report(self, opened: OpenEpisode, message: Infer | EndEpisode, report: dict[str, NDArray[Any]]) -> int:
         spec = self._live().spec
-        opened.steps += opened.check_executed(message, arrays, spec.horizon, len(spec.action.names))
-        opened.reported = message.decision
-        self._log.append(opened.episode, ExecutedRecord(decision=message.decision, tensors=tensor_records(arrays)))
+        return opened.check_report(message, report, spec.horizon, len(spec.action.names))
+
+    def _note_report(self, opened: OpenEpisode, decision: int, k: int, report: dict[str, NDArray[Any]]) -> None:
+        """Only after the whole request was found good: one that is refused changes nothing."""
+        if not k:
+            return
+        opened.steps += k
+        opened.reported = decision
+        self._log.append(opened.episode, ExecutedRecord(decision=decision, tensors=tensor_records(report)))
 
     def _end_episode(self, session: Session, message: EndEpisode, arrays: dict[str, NDArray[Any]]) -> None:
         opened = _opened(session)
-        opened.check_end(message)
+        report = take_report(arrays)
+        k = self._check_report(opened, message, report)
+        opened.check_end(message, k)
         assert session.spec is not None
         check_observation(arrays, session.spec)
+        self._note_report(opened, message.executed, k, report)
         opened.storing = True
 
         def stored(error: str | None) -> None:
