@@ -67,8 +67,12 @@ class Decided:
 
 
 def decision_rng(episode: str, decision: int) -> np.random.Generator:
-    """The generator of one decision's noise: it follows from the log alone, so any decision can be drawn again."""
-    return np.random.default_rng([int(episode, 16), decision])
+    """The generator of one decision's noise: it follows from the log alone, so any decision can be drawn again.
+
+    Philox is made for that: the episode is its key, and a decision has 2^64 blocks of its counter to itself. Ids of
+    episodes have at most 32 hexadecimal digits.
+    """
+    return np.random.Generator(np.random.Philox(key=int(episode, 16), counter=decision << 64))
 
 
 class InferenceThread:
@@ -86,6 +90,9 @@ class InferenceThread:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.batches = 0
         self.busy_s = 0.0
+        """Wall time."""
+        self.cpu_s = 0.0
+        """Processor time of this thread; onnxruntime's own threads, if it has any, are not in it."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -110,10 +117,12 @@ class InferenceThread:
                     break
                 item = self._queue.get()
             if batch:
-                started_s = time.monotonic()
-                self._done(decide(self._live(), batch))
+                started_s, started_cpu_s = time.monotonic(), time.thread_time()
+                decided = decide(self._live(), batch)
                 self.busy_s += time.monotonic() - started_s
+                self.cpu_s += time.thread_time() - started_cpu_s
                 self.batches += 1
+                self._done(decided)
             if item is None:
                 return
 
