@@ -143,14 +143,16 @@ class PolicyClient:
     def _receive(self, deadline: float, what: str) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """The next reply, whatever it answers; raises `SilentError` after the deadline."""
         remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0 or not self._socket.poll(max(1, int(remaining_s * 1000))):
-            raise SilentError(f"{self.endpoint}: no answer to {what} in time")
-        return decode_reply(self._socket.recv_multipart())
+        try:
+            self._socket.setsockopt(zmq.RCVTIMEO, max(0, int(remaining_s * 1000)))
+            return decode_reply(self._socket.recv_multipart())
+        except zmq.Again as error:
+            raise SilentError(f"{self.endpoint}: no answer to {what} in time") from error
 
     def _send(self, message: Message, arrays: Arrays | None, limit_s: float) -> int:
         self._request += 1
         frames = encode(msgspec.structs.replace(message, request=self._request), arrays)
-        self._socket.sndtimeo = max(1, int(limit_s * 1000))
+        self._socket.setsockopt(zmq.SNDTIMEO, max(1, int(limit_s * 1000)))
         try:
             # Copied once: an array that is overwritten while ZeroMQ still reads it would corrupt the message.
             self._socket.send_multipart(frames, copy=True)

@@ -238,23 +238,27 @@ def _decode(frames: Sequence[Any], decoder: msgspec.msgpack.Decoder[Any]) -> tup
 
 def tensor_from_bytes(info: TensorInfo, data: Any) -> NDArray[Any]:
     """A read-only view of `data` as the array that `info` describes; raises `WireError` where they disagree."""
-    field = f"tensors.{info.name}"
+    shape = info.shape
     dtype = DTYPES.get(info.dtype)
     if dtype is None:
-        raise WireError(f"{field}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}")
-    if len(info.shape) > MAX_DIMS or any(size < 0 for size in info.shape):
-        raise WireError(f"{field}.shape", f"{info.shape[:8]} is not a shape of at most {MAX_DIMS} dimensions")
-    # An empty array may not name huge sizes either: numpy has its own limits on those, and other errors.
-    if math.prod(max(size, 1) for size in info.shape) * dtype.itemsize > MAX_FRAME_BYTES:
-        raise WireError(f"{field}.shape", f"{info.shape} of {info.dtype} is more than {MAX_FRAME_BYTES} bytes")
-    count = math.prod(info.shape)
-    nbytes = memoryview(data).nbytes
-    if count * dtype.itemsize != nbytes:
         raise WireError(
-            field, f"shape {info.shape} of {info.dtype} needs {count * dtype.itemsize} bytes, the frame has {nbytes}"
+            f"tensors.{info.name}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}"
         )
-    array = np.frombuffer(data, dtype=dtype, count=count).reshape(info.shape)
-    array.flags.writeable = False
+    if len(shape) > MAX_DIMS or (shape and min(shape) < 0):
+        raise WireError(f"tensors.{info.name}.shape", f"{shape[:8]} is not a shape of at most {MAX_DIMS} dimensions")
+    nbytes = len(data) if type(data) is bytes else memoryview(data).nbytes
+    needed = math.prod(shape) * dtype.itemsize
+    # An empty array may not name huge sizes either: numpy has its own limits on those, and other errors.
+    largest = needed or math.prod([max(size, 1) for size in shape]) * dtype.itemsize
+    if largest > MAX_FRAME_BYTES:
+        raise WireError(f"tensors.{info.name}.shape", f"{shape} of {info.dtype} is more than {MAX_FRAME_BYTES} bytes")
+    if needed != nbytes:
+        raise WireError(
+            f"tensors.{info.name}", f"shape {shape} of {info.dtype} needs {needed} bytes, the frame has {nbytes}"
+        )
+    array: NDArray[Any] = np.ndarray(shape, dtype, data)
+    if array.flags.writeable:
+        array.flags.writeable = False
     return array
 
 

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 from numpy.typing import NDArray
 
 from bridge.backend import Float32
@@ -72,7 +73,23 @@ def decision_rng(episode: str, decision: int) -> np.random.Generator:
     Philox is made for that: the episode is its key, and a decision has 2^64 blocks of its counter to itself. Ids of
     episodes have at most 32 hexadecimal digits.
     """
-    return np.random.Generator(np.random.Philox(key=int(episode, 16), counter=decision << 64))
+    # Any `ISeedSequence` will do, as numpy documents; its stubs know one class only.
+    counter = np.array([0, decision, 0, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(_Key(episode), counter=counter))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """The id of an episode as the key of Philox. Given as `key=` it is the same, but numpy first asks the system for
+    entropy that it then does not use, which takes longer than all else that a decision needs of its generator."""
+
+    def __init__(self, episode: str) -> None:
+        number = int(episode, 16)
+        self._words = np.array([number % 2**64, number >> 64], np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> NDArray[np.uint64]:
+        """Philox asks for two words of 64 bits."""
+        assert (n_words, dtype) == (2, np.uint64)
+        return self._words
 
 
 class InferenceThread:

@@ -17,6 +17,8 @@ from bridge.endpoint import claim_ipc, is_local
 from bridge.keys import secure_server
 from bridge.messages import MAX_FRAME_BYTES, Arrays, Code, Message, Refused, encode
 
+# As plain numbers: pyzmq's flags are Python enums, and each operation on one makes another object.
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 RECEIVE_HWM = 16  # messages waiting per client; a client has one request under way, so more is a client gone wrong
 
 
@@ -77,7 +79,7 @@ class Router:
     @property
     def waiting(self) -> bool:
         """Whether a message can be received."""
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(EVENTS)) & POLLIN)
 
     def receive(self) -> tuple[bytes, list[memoryview]]:
         """The next message and its sender; `waiting` was true. Not copied: an image stays in ZeroMQ's memory."""

@@ -1,6 +1,6 @@
 """The policy server: what arrives, who may ask, swaps, status. `runtime.rollouts` has the episodes.
 
-Inference is on its own thread. The thread that receives never computes and never waits for the disk: it decodes, checks,
+Inference is on its own thread. The one that receives never computes and never waits for the disk: it decodes, checks,
 queues and answers. A chunk, a stored episode and a swap are answered by the thread that has finished it. All of them
 hold one lock, which guards the sessions and the socket, for as long as that takes and no longer.
 """
