@@ -37,6 +37,7 @@ COMMANDS = {
     "policies rollback": ("fieldtune.commands.policies:rollback", "make an earlier version live again"),
     "episodes list": ("fieldtune.commands.episodes:list_episodes", "list logged episodes"),
     "episodes show": ("fieldtune.commands.episodes:show_episode", "show one episode, decision by decision"),
+    "bundle list": ("fieldtune.commands.bundle:list_bundles", "list the policies that ship with fieldtune"),
     "bundle make": ("fieldtune.commands.bundle:make", "make a bundle from any ONNX policy and a spec"),
     "bundle inspect": ("fieldtune.commands.bundle:inspect", "show what a bundle sees and gives"),
     "bundle verify": ("fieldtune.commands.bundle:verify", "check a bundle: hash, weights, shapes, probe replay"),

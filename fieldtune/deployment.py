@@ -57,11 +57,16 @@ def find_bundle(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_dir():
         return path
-    shipped = _shipped() / "policies" / name_or_path
-    if shipped.is_dir():
-        return shipped
-    known = ", ".join(sorted(entry.name for entry in (_shipped() / "policies").glob("*") if entry.is_dir()))
-    raise ConfigError(f"{name_or_path}: no such directory, and no shipped policy of that name ({known or 'none'})")
+    shipped = shipped_bundles()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    known = ", ".join(shipped) or "none"
+    raise ConfigError(f"{name_or_path}: no such directory, and no shipped policy of that name ({known})")
+
+
+def shipped_bundles() -> dict[str, Path]:
+    """Name -> directory of the policies that ship with fieldtune."""
+    return {path.name: path for path in sorted((_shipped() / "policies").glob("*")) if path.is_dir()}
 
 
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:

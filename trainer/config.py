@@ -19,6 +19,9 @@ class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Successful demonstrations collected for each task."""
     first_seed: int = 0
     """Seeds are taken from here upwards; a demonstration that fails is not kept and its seed is passed over."""
+    workers: Count | None = None
+    """Processes that each drive one backend. None: one for each core, as far as there is work for them, but one for a
+    backend whose time passes by itself (a robot). The demonstrations are the same for any number."""
 
 
 class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,10 +72,11 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """lambda of GAE, over decisions."""
     clip: Positive = 0.2
     """Clipping range of the ratio of the executed slice."""
-    target_kl: Positive = 0.3
-    """A pass over the batch stops when the mean KL to the behaviour policy is above this."""
-    lr: Positive = 1e-4
-    """Learning rate of the actor."""
+    target_kl: Positive = 0.05
+    """KL that an update should have, in nats a decision: the learning rate follows it, and an update that is at twice
+    this ends."""
+    lr: Positive = 5e-5
+    """Learning rate of the actor at first; it stays between a tenth of this and ten times this."""
     epochs: Count = 5
     """Passes over the batch."""
     minibatch: Count = 500
@@ -160,6 +164,9 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Tasks to train on; empty: all tasks of the backend."""
     start: str | None = None
     """Bundle that supervised fine-tuning starts from: a shipped one by name, or a path; none: a fresh network."""
+    policy: str | None = None
+    """The first version of the run: a bundle to go on from, as it is, instead of supervised fine-tuning; a shipped one
+    by name, or a path. Demonstrations are collected all the same where there is a scripted expert, for the buffer."""
     train_first_seed: int = 10_000
     """Seeds of training episodes are drawn from here upwards ..."""
     train_seeds: Count = 900_000

@@ -41,7 +41,7 @@ from trainer import metrics
 from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
 from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
-from trainer.chunked_ppo import Update, advantages, next_values, update
+from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
 from trainer.experience import Experience
@@ -251,6 +251,8 @@ class ContinualTrainer:
         if result is not None:
             self._state.after_warmup += 1
             self._weight.add_kl(result.kl)
+            for group in self._actor_optimiser.param_groups:
+                group["lr"] = adapted_lr(group["lr"], result.kl, self._config.ppo)
             self._publish(rows)
         line = {
             "iteration": self._state.iteration,
@@ -269,6 +271,7 @@ class ContinualTrainer:
             **metrics.losses(result),
             "value_loss": value_loss,
             "explained_variance": variance,
+            "lr": self._actor_optimiser.param_groups[0]["lr"],
             "sigma": self._sigma(),
             "ratio_error": ratio_error,
             "staleness_versions": float(batch.age[batch.fresh].mean()),
@@ -445,13 +448,9 @@ class ContinualTrainer:
                 f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
                 "cameras or trainer.vla; choose another `name`, or move it away to start again from the live version"
             ) from error
-        # The learning rates of the configuration count, not those that the checkpoint was made with.
-        for optimiser, lr in (
-            (self._actor_optimiser, self._config.ppo.lr),
-            (self._critic_optimiser, self._config.ppo.critic_lr),
-        ):
-            for group in optimiser.param_groups:
-                group["lr"] = lr
+        # The critic's learning rate of the configuration counts, not that which the checkpoint was made with.
+        for group in self._critic_optimiser.param_groups:
+            group["lr"] = self._config.ppo.critic_lr
         self._rng.bit_generator.state = json.loads(self._state.rng)
         self._generator.set_state(checkpoint.generator)
         self._weight.restore(self._state.weight)

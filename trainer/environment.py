@@ -30,10 +30,15 @@ def this_environment() -> Environment:
         computer={
             "python": platform.python_version(),
             "system": platform.system(),
-            "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+            "cores": str(usable_cores()),
             "processor": _processor(),
         },
     )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_environment(run: RunDir) -> Environment | None:

@@ -19,7 +19,7 @@ from bridge.config import BackendConfig
 from runtime.durable import write_atomic
 from runtime.episode import End
 from runtime.rundir import RunDir
-from trainer.demos import EXPERT_VERSION
+from trainer.attempts import EXPERT_VERSION
 from trainer.evaluate import load_evaluation
 from trainer.statistics import Evaluation, summarise
 

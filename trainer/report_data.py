@@ -30,7 +30,7 @@ METRIC_PLOTS: tuple[tuple[str, str, str, dict[str, str], float | None, float | N
     ("weight", "Weight of PPO against cloning", "w(t)", {"weight": ""}, 0.0, 1.0, False),
     ("buffer_steps", "Length of buffered demonstrations", "mean steps", {"buffer_steps": ""}, None, None, False),
     ("buffer_episodes", "Episodes in the buffer", "episodes", {"buffer_episodes": ""}, 0.0, None, False),
-    ("kl", "KL to the behaviour policy", "nats a decision", {"kl": ""}, 0.0, None, False),
+    ("kl", "KL of an update", "nats a decision", {"kl": ""}, 0.0, None, False),
     ("policy_loss", "PPO loss", "loss", {"policy_loss": ""}, None, None, False),
     ("cloning_loss", "Cloning loss", "negative log-prob an action", {"cloning_loss": ""}, None, None, False),
     ("value_loss", "Value loss", "squared error", {"value_loss": ""}, None, None, True),

@@ -116,7 +116,7 @@ def read_run(path: Path) -> RunResults:
         raise ResultsError(f"{path} is not a run: it has no {run.config.name}; `fieldtune up` makes one")
     deployment: dict[str, Any] = msgspec.json.decode(run.config.read_bytes())
     registry = Registry(run.registry)
-    versions = registry.list()
+    versions = registry.served()
     if not versions:
         raise ResultsError(f"{path} has no version yet: its demonstrations or its fine-tuning are not done")
     first = versions[0]
@@ -242,6 +242,7 @@ def _cameras(run: RunDir, version: str) -> tuple[str, ...]:
 
 
 def _demos_hours(run: RunDir, demonstrations: dict[str, int]) -> float | None:
+    """Time during which one of them or several side by side were made."""
     if not run.demos.exists() or not demonstrations:
         return None
     rows = [row for row in EpisodeIndex(run.demos).after(0, limit=10**9) if row.source == "expert"]
@@ -249,7 +250,11 @@ def _demos_hours(run: RunDir, demonstrations: dict[str, int]) -> float | None:
     for row in rows:
         by_task[row.task].append(row)
     used = [row for task, count in demonstrations.items() for row in by_task[task][:count]]
-    return sum(row.ended_unix_s - row.started_unix_s for row in used) / 3600
+    seconds = through_s = 0.0
+    for row in sorted(used, key=lambda row: row.started_unix_s):
+        seconds += max(0.0, row.ended_unix_s - max(through_s, row.started_unix_s))
+        through_s = max(through_s, row.ended_unix_s)
+    return seconds / 3600
 
 
 def _sft_hours(run: RunDir, first: VersionRow) -> float | None:

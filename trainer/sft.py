@@ -27,7 +27,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 from trainer.demos import demo_rows
-from trainer.export import Exporter, load_weights
+from trainer.export import Exporter, become
 from trainer.samples import CloningSamples, cloning_samples
 from trainer.supervised import Dataset, SFTError, Training, gather
 from trainer.tokens import build_tokenizer
@@ -48,11 +48,11 @@ def run_sft(
 ) -> str | None:
     """Train on the demonstrations of the run, export a bundle, make it the live version; returns its id.
 
-    `start` is a bundle to begin from; its tokenizer and state statistics are kept, its sigma is not. Equal
-    demonstrations, settings and seed give equal weights on equal hardware. A checkpoint is written every 15 s: after a
-    stop or a kill the same call goes on from there, unless settings or demonstrations have changed, then it starts
-    anew. `progress(step, steps)` is called after each gradient step; if `stopped()` the state is kept and None
-    returned. Raises `SFTError` if the run has no demonstrations of a task, `BundleError` if `start` is of another
+    `start` is a bundle to begin from; its tokenizer and state statistics are kept, its sigma and noise correlation are
+    not. Equal demonstrations, settings and seed give equal weights on equal hardware. A checkpoint is written every
+    15 s: after a stop or a kill the same call goes on from there, unless settings or demonstrations have changed, then
+    it starts anew. `progress(step, steps)` is called after each gradient step; if `stopped()` the state is kept and
+    None returned. Raises `SFTError` if the run has no demonstrations of a task, `BundleError` if `start` is of another
     network.
     """
     tasks = config.tasks or tuple(spec.instructions)
@@ -129,8 +129,10 @@ def _initialise(vla: VLA, base: Bundle | None, data: Dataset) -> None:
     if base is None:
         vla.set_state_statistics(data.state.mean(0), data.state.std(0, unbiased=False))
         return
-    fresh_sigma = vla.log_sigma.detach().clone()
-    load_weights(vla, base)
+    # How it explores is for this deployment to say.
+    fresh_spec, fresh_sigma = vla.spec, vla.log_sigma.detach().clone()
+    become(vla, base)
+    vla.spec = fresh_spec
     with torch.no_grad():
         vla.log_sigma.copy_(fresh_sigma)
 

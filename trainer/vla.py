@@ -93,8 +93,7 @@ class VLA(nn.Module):
 
     def chunk(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation from `features` `[B, width]`; shapes as in `forward`."""
-        network = self.head(features).float()
-        network = network.unflatten(1, (self.spec.horizon, len(self.spec.action.names)))
+        network = self.head(features).unflatten(1, (self.spec.horizon, len(self.spec.action.names)))
         mean = self.center + self.half_range * network
         log_std = (self.log_sigma + self.half_range.log()).expand_as(mean)
         return mean, log_std
@@ -108,7 +107,10 @@ class VLA(nn.Module):
             parts.append(((state - self.state_mean) / self.state_std).clamp(-MAX_STATE, MAX_STATE))
         for camera, encoder in zip(self.spec.cameras, self.encoders, strict=True):
             parts.append(encoder(images[camera.name], text))
-        seen: Tensor = self.fusion(torch.cat(parts, dim=1))
+        wide = self.fusion[:2](torch.cat(parts, dim=1))
+        # The last two layers are small; in bfloat16 they would make most of the error of the log-prob.
+        with torch.autocast("cpu", enabled=False):
+            seen: Tensor = self.fusion[2:](wide.float())
         return seen
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -29,11 +28,10 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
+from runtime.spawn import end, spawn
 from runtime.swap import Live
 
 PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
-# A fresh interpreter for each process: threads and sockets of this one do not go along.
-SPAWN = multiprocessing.get_context("spawn")
 START_S = 60.0
 STOP_S = 15.0
 
@@ -175,10 +173,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
     At the end the connection is closed, which is how the process knows, and the process is waited for.
     Raises `BenchError` if it sends nothing in time or does not end in time.
     """
-    here, there = SPAWN.Pipe()
-    child = SPAWN.Process(target=target, args=(there, *arguments), daemon=True)
-    child.start()
-    there.close()
+    child, here = spawn(target, *arguments)
     try:
         try:
             if not here.poll(START_S):
@@ -189,11 +184,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
         assert child.pid is not None
         yield child.pid, first
     finally:
-        here.close()
-        child.join(STOP_S)
-        if child.is_alive():
-            child.kill()
-            child.join()
+        end([(child, here)], STOP_S)
 
 
 def serve(

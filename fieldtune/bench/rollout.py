@@ -26,12 +26,13 @@ from bridge.config import BridgeConfig
 from bridge.drive import drive
 from bridge.messages import GetStatus, StatusReply, observation_tensors
 from fieldtune.bench import common
-from fieldtune.bench.common import SPAWN, BenchError, Goal, Result, cpu_s, live_of, process, untrained_run
+from fieldtune.bench.common import BenchError, Goal, Result, cpu_s, live_of, process, untrained_run
 from fieldtune.bench.spent import Spent, Timed
 from fieldtune.deployment import Deployment
 from runtime.inference import Pending, decide
 from runtime.policy import Policy
 from runtime.rundir import RunDir
+from runtime.spawn import SPAWN
 
 SECONDS = 15.0
 QUICK_SECONDS = 1.0

@@ -27,8 +27,9 @@ from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Float32, VectorS
 from bridge.client import PolicyClient
 from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Infer, NextEpisode, encode
 from fieldtune.bench import common
-from fieldtune.bench.common import SPAWN, BenchError, Goal, Result, milliseconds, process
+from fieldtune.bench.common import BenchError, Goal, Result, milliseconds, process
 from runtime.bundle import FORMAT, PolicySpec
+from runtime.spawn import SPAWN
 
 HORIZON = 8
 DECISIONS = 25  # in an episode: one block of requests

@@ -33,9 +33,10 @@ from bridge.messages import (
     expected_tensors,
 )
 from fieldtune.bench import common
-from fieldtune.bench.common import SPAWN, BenchError, Goal, Result, live_of, milliseconds, process, untrained_run
+from fieldtune.bench.common import BenchError, Goal, Result, live_of, milliseconds, process, untrained_run
 from fieldtune.deployment import Deployment
 from runtime.bundle import read_bundle
+from runtime.spawn import SPAWN
 
 CLIENTS = 4
 RATE_HZ = 25.0  # decisions of one client: a robot at 200 Hz with chunks of 8

@@ -39,6 +39,7 @@ def drive(
     """
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
+    os.nice(deployment.bridge.niceness)
     backend = make_backend(deployment.backend)
     keys = Path(deployment.bridge.keys) if deployment.bridge.keys else None
     client_name = name or f"{socket.gethostname()}-{os.getpid()}"

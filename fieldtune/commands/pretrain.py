@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bridge.config import ConfigError
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, run_dir
+from fieldtune.commands.train import refuse_policy
 from fieldtune.commands.up import Up, prepare, remember_config, stopped
 from fieldtune.deployment import load_deployment
 from runtime.bundle import read_bundle
@@ -29,12 +30,17 @@ def pretrain(config: Config, /, *, overrides: Set = (), to: Path | None = None, 
         to: also copy the bundle to this directory, which must not exist
     """
     deployment = load_deployment(config, overrides)
+    refuse_policy(deployment)
+    if to is not None and to.exists():
+        raise ConfigError(
+            f"--to {to}: exists; a bundle is never replaced in place, so remove it or choose another name"
+        )
     this = Up(deployment, config, overrides, stop_on_signals(), as_json)
     remember_config(this.run, deployment)
     if not prepare(this):
         return stopped(this)
     run = run_dir(deployment)
-    version = Registry(run.registry).list()[0].version
+    version = Registry(run.registry).served()[0].version
     bundle = run.policies / version
     if to is not None:
         copy_bundle(bundle, to)
@@ -47,12 +53,9 @@ def pretrain(config: Config, /, *, overrides: Set = (), to: Path | None = None, 
 
 
 def copy_bundle(bundle: Path, to: Path) -> None:
-    """Copy a bundle, checked, to the directory `to`, whole or not at all. Raises `ConfigError` if `to` exists."""
+    """Copy a bundle, checked, to the directory `to`, whole or not at all. Raises `FileExistsError` if it exists."""
     read_bundle(bundle)
-    if to.exists():
-        raise ConfigError(
-            f"--to {to}: exists; a bundle is never replaced in place, so remove it or choose another name"
-        )
+    to.parent.mkdir(parents=True, exist_ok=True)
     with atomic_directory(to) as files:
         for part in bundle.iterdir():
             shutil.copyfile(part, files / part.name)

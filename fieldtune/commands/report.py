@@ -71,7 +71,7 @@ def find_run(name: str, overrides: tuple[str, ...]) -> Deployment:
 def single(name: str, deployment: Deployment, as_json: bool) -> int:
     """The report of one run."""
     run = run_dir(deployment)
-    versions = Registry(run.registry).list()
+    versions = Registry(run.registry).served()
     ends = [versions[0].version, next(row.version for row in versions if row.live)] if versions else []
     evaluations = [load_evaluation(run, version) for version in ends]
     missing = [version for version, found in zip(ends, evaluations, strict=True) if found is None]

@@ -95,7 +95,7 @@ def make_run(
         "".join(json.dumps({"step": step, "samples_per_s": 64.0}) + "\n" for step in (25, 50, 360))
     )  # 360 steps of 64 samples at 64 samples a second: six minutes
     run.demos.mkdir()
-    shown = [trial_row(task, i, True, 80, i) for task in tasks for i in range(demos)]
+    shown = [trial_row(task, i, True, 80, t * demos + i) for t, task in enumerate(tasks) for i in range(demos)]
     EpisodeIndex(run.demos).add([msgspec.structs.replace(row, source="expert", explore=False) for row in shown])
     if before is not None:
         store_evaluation(run.evaluation(FIRST), before)

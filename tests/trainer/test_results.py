@@ -13,6 +13,7 @@ from bridge.backends.metaworld_bound import GoalBound, HandMotion, KinematicBoun
 from bridge.backends.metaworld_tasks import MT10
 from bridge.config import BackendConfig
 from fieldtune import cli
+from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.evaluate import load_evaluation
 from trainer.expert import bound_of, evaluate_expert
@@ -147,6 +148,15 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ResultsError, match="not a run"):
         read_run(tmp_path / "nothing")
+
+
+def test_a_version_that_was_only_evaluated_is_not_of_the_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", MT10, result(FIRST, 78), None)
+    run, other = RunDir(tmp_path / "run"), "f" * 64
+    Registry(run.registry).add(other, parent="e" * 64, made={"command": "import", "from": "mt10"})
+    store_evaluation(run.evaluation(other), result(other, 50))
+    found = read_run(run.path)
+    assert (found.first.version, found.last, found.after, found.versions) == (FIRST, None, None, 1)
 
 
 def test_only_common_goals_count(tmp_path: Path) -> None:
