@@ -178,7 +178,7 @@ def test_keys_as_json_and_bad_names(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_status_names_the_tasks_with_the_largest_and_the_smallest_share() -> None:
     def shown(shares: dict[str, float]) -> list[str]:
-        counters = dict.fromkeys(("uptime_s", "inference_share", "episodes_per_min"), 0.0)
+        counters = dict.fromkeys(("uptime_s", "inference_share", "inference_cpu_s", "episodes_per_min"), 0.0)
         counts = dict.fromkeys(("sessions", "decisions", "batches", "swaps", "refused_swaps"), 0)
         empty: dict[str, Any] = {"episodes": {}, "refused": {}, "latency_ms": {}, "log": {}, "recent": ()}
         rest: dict[str, Any] = {"version": "a", "previous": "", "undeliverable": 0, "dropped": 0, "finished": False}
