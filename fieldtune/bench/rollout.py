@@ -22,7 +22,6 @@ import numpy as np
 from bridge.backend import instruction_of
 from bridge.backends import make_backend
 from bridge.client import PolicyClient
-from bridge.config import BridgeConfig
 from bridge.drive import drive
 from bridge.messages import GetStatus, StatusReply, observation_tensors
 from fieldtune.bench import common
@@ -96,7 +95,7 @@ def work(
         drive(
             backend,
             client,
-            BridgeConfig(),
+            deployment.bridge,
             stopped=partial(backend.enough, seconds),
             report=lambda _report, _assignment: None,
             warn=print,
