@@ -40,7 +40,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     serve: ServeConfig = ServeConfig()
     log: LogConfig = LogConfig()
     balance: Literal["equal", "need"] = "need"
-    """How training episodes are shared among tasks: all the same, or more for those that succeed less, between half
-    and twice an equal share."""
+    """How training episodes are shared among tasks: all the same, or more for those that succeed less, between 3/4
+    and 3/2 of an equal share."""
     keep_versions: Count = 20
     """Bundles of retired versions kept on disk for rollback; the registry remembers all."""

@@ -3,17 +3,17 @@
 In training the share of a task in all episodes follows its need (`runtime.balance: need`; fieldtune's own design):
 
     need_i  = 1 - (successes_i + 1) / (n_i + 2)        n_i: its last episodes that were not aborted, at most 50
-    share_i = clip(c need_i, 1/(2N), 2/N)              N tasks; c such that the shares sum to 1
+    share_i = clip(c need_i, 3/(4N), 3/(2N))           N tasks; c such that the shares sum to 1
 
 The rate is the mean of a Beta(1, 1) prior and the episodes, so that a task that was hardly tried counts as half solved
-and no need is ever 0. A solved task keeps at least half of an equal share: it can still become faster, and a fall of
-its success is seen. The neediest gets at most twice an equal share, so that a task beyond the policy's reach does not
+and no need is ever 0. A solved task keeps at least 3/4 of an equal share: it can still become faster, and a fall of
+its success is seen. The neediest gets at most 3/2 of one, so that a task beyond the policy's reach does not
 eat up the time of the others. `runtime.balance: equal` gives every task 1/N.
 
 Episodes are given out by what is owed: each one given out adds share_i to what task i is owed, and the task that is
 owed most gets it, for 1. What is owed stays above -1 and never exceeds H_N - 1, H_N = 1 + 1/2 + ... + 1/N (by
 induction: the k largest debts have a mean of at most H_N - H_k). So no task is more than one episode ahead of its share
-or H_N - 1 behind it, and with at least 1/(2N) it waits for at most 2 N H_N episodes. That holds where every bridge
+or H_N - 1 behind it, and with at least 3/(4N) it waits for at most 4/3 N H_N episodes. That holds where every bridge
 offers every task; where one offers fewer, their shares among each other decide.
 """
 
