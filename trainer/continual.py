@@ -44,6 +44,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_c
 from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
+from trainer.environment import cpu_time
 from trainer.experience import Experience
 from trainer.export import Exporter, become, load_weights
 from trainer.ratio import Behaviours, check_ratio
@@ -157,6 +158,7 @@ class ContinualTrainer:
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._set_exploration()
         self._collect_wait_s = 0.0
+        self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
         self._follow_live()
@@ -283,6 +285,7 @@ class ContinualTrainer:
             "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
             "collect_wait_s": self._collect_wait_s,
             "learn_s": time.monotonic() - began_s,
+            "cpu_idle_share": self._cpu_idle_share(),
         }
         metrics.append_line(self._run.metrics, line)
         self.save()
@@ -468,6 +471,11 @@ class ContinualTrainer:
     def _sigma(self) -> float:
         """Mean standard deviation of the policy, in half ranges of the action."""
         return float(self._vla.log_sigma.detach().exp().mean())
+
+    def _cpu_idle_share(self) -> float | None:
+        """Share of the time since the last call in which this computer's cores had nothing to do."""
+        before, self._cpu_time = self._cpu_time, cpu_time()
+        return self._cpu_time.idle_share_since(before) if before and self._cpu_time else None
 
     def _elapsed_s(self) -> float:
         return self._state.elapsed_s + time.monotonic() - self._started_s

@@ -41,6 +41,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class CpuTime(Struct, frozen=True):
+    """Time of all cores together since the computer started, in whatever unit its system counts."""
+
+    idle: int
+    total: int
+
+    def idle_share_since(self, earlier: CpuTime) -> float:
+        """Share of the cores' time since `earlier` in which they had nothing to do."""
+        return (self.idle - earlier.idle) / max(1, self.total - earlier.total)
+
+
+def cpu_time() -> CpuTime | None:
+    """The cores' time so far, of all processes of this computer; None where /proc does not say (not Linux)."""
+    source = Path("/proc/stat")
+    if not source.exists():
+        return None
+    with source.open(encoding="ascii") as lines:
+        # user, nice, system, idle, waiting for a disk, interrupts ...; those after the eighth are counted in user.
+        fields = [int(field) for field in lines.readline().split()[1:9]]
+    return CpuTime(idle=fields[3] + fields[4], total=sum(fields))
+
+
 def load_environment(run: RunDir) -> Environment | None:
     """What the run noted when it was last started; None if it did not."""
     if not run.environment.exists():

@@ -179,7 +179,7 @@ def _overall(evaluation: Evaluation | None) -> str:
 
 def _seeds(group: Group) -> str:
     header = ["seed", "run", "success", "steps", "with failures", "environment steps", "decisions learned from"]
-    header += ["hours: demos, SFT, post-training", "versions", "first -> evaluated version"]
+    header += ["hours: demos, SFT, post-training", "cores idle", "versions", "first -> evaluated version"]
     rows = []
     for run in (contestant.run for contestant in group):
         before, after, cost = run.before, run.after, run.cost
@@ -190,8 +190,18 @@ def _seeds(group: Group) -> str:
         row += [_change(before, after, lambda r: r.success, 3), _change(before, after, lambda r: r.steps, 1)]
         row += [_change(before, after, lambda r: r.steps_all, 1), f"{cost.env_steps:,}", f"{cost.decisions:,}"]
         last = f"`{run.last.version[:12]}`" if run.last else "-"
-        rows.append([*row, ", ".join(hours), str(run.versions), f"`{run.first.version[:12]}` -> {last}"])
+        row += [", ".join(hours), _idle(run.metrics), str(run.versions)]
+        rows.append([*row, f"`{run.first.version[:12]}` -> {last}"])
     return f"### By seed\n\n{_markdown(header, rows)}"
+
+
+def _idle(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Share of post-training in which the computer's cores had nothing to do."""
+    known = [(line["minutes"], line["cpu_idle_share"]) for line in metrics if line.get("cpu_idle_share") is not None]
+    durations = [minutes - before for (minutes, _), (before, _) in zip(known, [(0.0, 0.0), *known], strict=False)]
+    if not sum(durations):
+        return "-"
+    return f"{sum(d * share for d, (_, share) in zip(durations, known, strict=True)) / sum(durations):.1%}"
 
 
 def _change(

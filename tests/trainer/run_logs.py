@@ -136,6 +136,7 @@ def make_run(
                 },
                 "buffer_steps_by_task": dict.fromkeys(tasks, 80.0 - i),
                 "dropped_stale": 3,
+                "cpu_idle_share": 0.05 * i,
             }
         )
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

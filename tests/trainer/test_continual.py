@@ -164,7 +164,7 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
         "buffer_episodes buffer_steps buffer_steps_by_task weight weight_by_task weight_inputs kl clip_fraction "
         "policy_loss cloning_loss value_loss "
         "explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
-        "dropped_stale aborted collect_wait_s learn_s"
+        "dropped_stale aborted collect_wait_s learn_s cpu_idle_share"
     )
     assert set(wanted.split()) <= line.keys()
     assert line["iteration"] == 2

@@ -121,6 +121,7 @@ def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> No
     for version in (FIRST, LAST):
         assert version in text
     assert "Unfinished" not in text
+    assert small.count(" | 22.5% | ") == 3  # 0.05 to 0.40 in eight iterations of equal length
 
 
 def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) -> None:
