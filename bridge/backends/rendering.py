@@ -4,7 +4,8 @@
 
 What makes it fast (a software rasteriser is bound by vertices, lights and texels, not by a 64 px frame): no
 multisampling, shadows, reflections or sky; one light, at the camera; flat colours instead of textures; coarse spheres
-and cylinders; and the robot's heavy meshes, up to 13,500 triangles each, drawn as capsules or convex hulls.
+and cylinders; planes of four squares; and the robot's heavy meshes, up to 13,500 triangles each, drawn as capsules or
+convex hulls.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bridge.backend import BackendError, UInt8
 _EGL_PLATFORM_DEVICE = 0x313F
 _MAX_EGL_DEVICES = 16
 _MAX_GEOMS = 1000
+_ONE_SQUARE_M = 1e6
 _PROBE_XML = "<mujoco><worldbody><geom size='.5'/></worldbody></mujoco>"
 
 
@@ -55,9 +57,10 @@ def prepare_gl() -> str:
     """Choose how MuJoCo opens OpenGL by setting MUJOCO_GL, and return its value (empty: left to MuJoCo).
 
     A value set by the user stays. Otherwise, on Linux, EGL where a device opens, else OSMesa where its library is.
-    Software rendering is given one thread: more only wait for each other at this size, and other workers need cores.
+    Software rendering is told to stay in the calling thread: a thread of its own is waited for once a frame, for
+    milliseconds where other workers keep the cores busy.
     """
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen or sys.platform != "linux":
         return chosen
@@ -167,6 +170,9 @@ def simplify(model: Any, capsules: Iterable[str] = ()) -> None:
         is_mesh = model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH
         if is_mesh and not collides and model.geom_dataid[geom] in capsule_ids:
             _make_capsule(model, geom)
+        if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_PLANE:
+            # The spacing of the squares it is drawn of, up to 200 x 200: its only use. Lit from afar, all look alike.
+            model.geom_size[geom, 2] = _ONE_SQUARE_M
     for material in range(model.nmat):
         texture = model.mat_texid[material, mujoco.mjtTextureRole.mjTEXROLE_RGB]
         if texture >= 0:

@@ -11,10 +11,11 @@ from bridge.backend import Backend, BackendError, HasExpert
 from bridge.backends import make_backend
 from bridge.backends.metaworld import MetaWorld
 from bridge.backends.metaworld_tasks import HELD_OUT, MT10, MT40, MT50, TRAINING
-from bridge.backends.rendering import check_gl
+from bridge.backends.rendering import Renderer, check_gl
 from bridge.config import BackendConfig, ConfigError
 from bridge.messages import check_observation, observation_tensors
 
+GL_SETTINGS = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "LP_NUM_THREADS")
 ACTIONS = np.random.default_rng(7).uniform(-1.5, 1.5, (25, 4)).astype(np.float32)
 
 
@@ -228,12 +229,46 @@ def test_pictures_do_not_depend_on_history():
     backend.close()
 
 
+def test_a_plane_of_few_squares_looks_like_one_of_many():
+    backend = connected(["reach-v3"], cameras=[{"name": "corner"}, {"name": "low", "view": {"elevation": -12}}])
+    backend.reset("reach-v3", 4)
+    few = backend.observe().images
+    scene = backend._scene
+    model = scene.env.model
+    planes = model.geom_type == 0  # mjGEOM_PLANE
+    assert planes.any()
+    model.geom_size[planes, 2] = 0.1
+    many = Renderer(model, backend._cameras, backend._gl)
+    pictures = many.render(scene.env.data)
+    model.geom_rgba[planes, 3] = 0.0
+    without = many.render(scene.env.data)
+    many.close()
+    backend.close()
+    for camera, image in pictures.items():
+        np.testing.assert_array_equal(few[camera], image)
+        assert not np.array_equal(without[camera], image), f"no plane can be seen by {camera}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_software_rendering_starts_no_threads():
+    code = """
+import pathlib
+from bridge.backends.rendering import check_gl
+print(check_gl())
+print(*(thread.read_text().strip() for thread in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+    _, threads = run(code).stdout.splitlines()
+    assert threads and "llvmpipe" not in threads
+    driver, threads = run(code, LP_NUM_THREADS="2").stdout.splitlines()  # a setting of the user is kept
+    assert ("llvmpipe-1" in threads) == ("llvmpipe" in driver)
+
+
 def test_check_gl_names_the_driver():
     assert ": " in check_gl()
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
-    clean = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    clean = {key: value for key, value in os.environ.items() if key not in GL_SETTINGS}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=clean | env, check=False)
 
