@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -33,6 +34,7 @@ def quick_class(stock: type) -> Any:
 
     tolerance = _quick_tolerance(reward_utils)
     helpers = {
+        "np": SimpleNamespace(**vars(np) | {"linalg": SimpleNamespace(**vars(np.linalg) | {"norm": _norm})}),
         "reward_utils": SimpleNamespace(**(vars(reward_utils) | {"tolerance": tolerance})),
         "tolerance": tolerance,
         "Rotation": _Rotation,
@@ -53,6 +55,14 @@ def _with_globals(function: FunctionType, replaced: dict[str, Any]) -> FunctionT
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def _norm(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """`numpy.linalg.norm`, shorter for one vector."""
+    if args or kwargs or type(x) is not np.ndarray or x.ndim != 1 or x.dtype != np.float64:
+        return np.linalg.norm(x, *args, **kwargs)
+    x = x.ravel()
+    return np.float64(math.sqrt(x.dot(x)))
 
 
 def _quick_tolerance(reward_utils: Any) -> Callable[..., Any]:
@@ -131,6 +141,27 @@ class _Quick:
         reward, info = self.evaluate_state(observation, action)
         return observation, reward, False, False, info
 
+    @cached_property
+    def _positions(self: Any) -> dict[str, Array]:
+        return {}
+
+    @cached_property
+    def _fingertips(self: Any) -> tuple[Array, Array]:
+        return self.data.site("rightEndEffector").xpos, self.data.site("leftEndEffector").xpos
+
+    def get_body_com(self: Any, body_name: str) -> Array:
+        position: Array | None = self._positions.get(body_name)
+        if position is None:
+            # Not a copy: it shows where the body is now, for as long as `data` lives.
+            position = self._positions[body_name] = self.data.body(body_name).xpos
+        return position
+
+    @property
+    def tcp_center(self: Any) -> Array:
+        right, left = self._fingertips
+        centre: Array = (right + left) / 2.0
+        return centre
+
     def _get_obs(self: Any) -> Array:
         goal = self._get_pos_goal()
         now = self._get_curr_obs_combined_no_goal()
@@ -139,10 +170,9 @@ class _Quick:
         return observation
 
     def _get_curr_obs_combined_no_goal(self: Any) -> Array:
-        data = self.data
         observation = np.zeros(4 + self._obs_obj_max_len)
-        observation[:3] = data.body("hand").xpos
-        opening = np.linalg.norm(data.body("rightclaw").xpos - data.body("leftclaw").xpos) / 0.1
+        observation[:3] = self.get_body_com("hand")
+        opening = _norm(self.get_body_com("rightclaw") - self.get_body_com("leftclaw")) / 0.1
         observation[3] = min(max(opening, 0.0), 1.0)
         positions, quats = self._get_pos_objects(), self._get_quat_objects()
         for index in range(len(positions) // 3):
@@ -183,20 +213,20 @@ class _Quick:
         start, init_tcp, tcp = self.obj_init_pos, self.init_tcp, self.tcp_center
         caging_of = []
         for pad in ("leftpad", "rightpad"):
-            pad_y = self.data.body(pad).xpos[1]
+            pad_y = self.get_body_com(pad)[1]
             margin = abs(abs(pad_y - start[1]) - pad_success_thresh)
             x = abs(pad_y - obj_pos[1])
             caging_of.append(tolerance(x, (obj_radius, pad_success_thresh), margin, "long_tail"))
         xz = slice(0, 3, 2)
-        margin_xz = np.linalg.norm(start[xz] - init_tcp[xz]) - xz_thresh
-        caging_xz = tolerance(np.linalg.norm(tcp[xz] - obj_pos[xz]), (0, xz_thresh), margin_xz, "long_tail")
+        margin_xz = _norm(start[xz] - init_tcp[xz]) - xz_thresh
+        caging_xz = tolerance(_norm(tcp[xz] - obj_pos[xz]), (0, xz_thresh), margin_xz, "long_tail")
         closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
         caging = product(product(*caging_of), float(caging_xz))
         reward: float = product(caging, closed if caging > 0.97 else 0.0)
         if high_density:
             reward = (reward + caging) / 2
         if medium_density:
-            margin = abs(np.linalg.norm(start - init_tcp) - object_reach_radius)
-            reach = tolerance(np.linalg.norm(obj_pos - tcp), (0, object_reach_radius), margin, "long_tail")
+            margin = abs(_norm(start - init_tcp) - object_reach_radius)
+            reach = tolerance(_norm(obj_pos - tcp), (0, object_reach_radius), margin, "long_tail")
             reward = (reward + float(reach)) / 2
         return reward

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.backends.metaworld_quick import _quick_tolerance, _Rotation, quick_class
+from bridge.backends.metaworld_quick import _norm, _quick_tolerance, _Rotation, quick_class
 from bridge.backends.metaworld_tasks import MT50
 
 # Tasks that grasp, that turn an object, that carry two objects, and one with a reward of its own.
@@ -86,6 +86,7 @@ def test_only_the_subclass_is_changed():
     assert quick.evaluate_state is stock.evaluate_state
     assert stock.compute_reward.__globals__["reward_utils"].tolerance is tolerance
     assert quick.compute_reward.__globals__["reward_utils"].tolerance is not tolerance
+    assert stock.compute_reward.__globals__["np"] is np
     assert quick.compute_reward.__code__ is stock.compute_reward.__code__
 
 
@@ -101,6 +102,27 @@ def test_tolerance_is_that_of_metaworld(x, kind, ends, margin, sigmoid):
         expected = reward_utils.tolerance(kind(x), tuple(ends), margin, sigmoid)
         got = _quick_tolerance(reward_utils)(kind(x), tuple(ends), margin, sigmoid)
     np.testing.assert_array_equal(got, expected)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9), st.sampled_from([np.float64, np.float32]))
+def test_norm_is_that_of_numpy(values, kind):
+    vector = np.array(values, kind)
+    for x in (vector, vector[::2], vector[::-1], np.stack((vector, vector)), values):
+        np.testing.assert_array_equal(_norm(x), np.linalg.norm(x))
+        assert type(_norm(x)) is type(np.linalg.norm(x))
+    np.testing.assert_array_equal(_norm(vector, ord=1), np.linalg.norm(vector, ord=1))
+
+
+def test_positions_are_those_of_now():
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    quick = as_played(quick_class(ALL_V3_ENVIRONMENTS["reach-v3"]), 3)
+    for _ in range(5):
+        quick.step(np.array([1, -1, 1, 1], np.float32))
+        np.testing.assert_array_equal(quick.get_body_com("hand"), quick.data.body("hand").xpos)
+        tips = [quick.data.site(f"{side}EndEffector").xpos for side in ("right", "left")]
+        np.testing.assert_array_equal(quick.tcp_center, (tips[0] + tips[1]) / 2)
+    quick.close()
 
 
 def test_tolerance_refuses_what_metaworld_refuses():
