@@ -133,8 +133,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_packages_the_configurations_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for config in (ROOT / "configs").glob("*.yaml"):
-        assert f"fieldtune/configs/{config.name}" in names
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        assert f"fieldtune/{config.relative_to(ROOT).as_posix()}" in names
     for package in ("bridge", "runtime", "trainer", "fieldtune"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names
