@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -53,9 +54,11 @@ class ActionSpec(Struct, frozen=True, forbid_unknown_fields=True):
 class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """All that a policy must agree with. Known before `connect`.
 
-    `instructions` gives the language instruction of each task that the backend can be reset to. `privileged` describes
-    simulator state that only the trainer's critic may see; a real robot has none. `paced` is true where time passes by
-    itself (a robot: the loop sleeps to the control rate) and false where time advances in `apply` (a simulator).
+    `instructions` gives each task that the backend can be reset to, and what the policy is told: one text, or several
+    wordings of which each episode gets one (see `instruction_of`), the first being the canonical one. Whatever is
+    given, the spec holds tuples. `privileged` describes simulator state that only the trainer's critic may see; a real
+    robot has none. `paced` is true where time passes by itself (a robot: the loop sleeps to the control rate) and false
+    where time advances in `apply` (a simulator). Raises `ValueError` for a task without a text.
     """
 
     name: str
@@ -63,9 +66,31 @@ class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     state: VectorSpec
     action: ActionSpec
     control_hz: float
-    instructions: dict[str, str]
+    instructions: dict[str, str | tuple[str, ...]]
     privileged: VectorSpec | None = None
     paced: bool = False
+
+    def __post_init__(self) -> None:
+        held = {task: _texts(task, given) for task, given in self.instructions.items()}
+        msgspec.structs.force_setattr(self, "instructions", held)
+
+
+def instruction_of(spec: BackendSpec, task: str, seed: int) -> str:
+    """The text that an episode of this task and seed is told: every wording in its turn, the same one every time."""
+    texts = spec.instructions[task]
+    return texts[seed % len(texts)]
+
+
+def all_instructions(spec: BackendSpec) -> list[str]:
+    """Every text of every task."""
+    return [text for texts in spec.instructions.values() for text in texts]
+
+
+def _texts(task: str, given: object) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else given
+    if not isinstance(texts, tuple | list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"instructions[{task!r}] must be a text or a tuple of texts, at least one (found {given!r})")
+    return tuple(texts)
 
 
 @dataclass(slots=True)

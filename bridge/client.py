@@ -59,7 +59,6 @@ class PolicyClient:
         self.keys = keys
         self.dropped = 0
         self._request = 0
-        self._asked = 0
         self._posted: dict[int, Reply | None] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
@@ -77,8 +76,8 @@ class PolicyClient:
     ) -> tuple[R, dict[str, NDArray[Any]]]:
         """Send a request and wait for its reply of type `kind`.
 
-        Raises `SilentError` after the deadline, `RefusedError` if the runtime refuses this or an earlier notification,
-        and `WireError` if what came cannot be read.
+        Raises `SilentError` after the deadline, `RefusedError` if the runtime refuses, and `WireError` if what came
+        cannot be read.
         """
         reply, tensors = self.ask(message, arrays, timeout_s)
         if not isinstance(reply, kind):
@@ -90,17 +89,15 @@ class PolicyClient:
     ) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """`request` for a message that has replies of several types."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        before = self._asked
-        sent = self._asked = self._send(message, arrays, limit_s)
+        sent = self._send(message, arrays, limit_s)
         deadline = time.monotonic() + limit_s
         while True:
             reply, tensors = self._receive(deadline, type(message).__name__)
             if reply.request in self._posted:
                 self._posted[reply.request] = reply
                 continue
-            # A refusal may also be of a notification since the last request, or of a message that could not be read
-            # and so has no id.
-            if isinstance(reply, Refused) and (reply.request == 0 or before < reply.request <= sent):
+            # A message that could not be read has no id.
+            if isinstance(reply, Refused) and reply.request in (0, sent):
                 raise RefusedError(reply)
             if reply.request == sent:
                 return reply, tensors
@@ -130,10 +127,6 @@ class PolicyClient:
             raise WireError("kind", f"a request was answered by {type(posted).__name__}, not {kind.__name__}")
         return posted
 
-    def notify(self, message: Message, arrays: Arrays | None = None) -> None:
-        """Send a message that is answered only if it is refused; the next `request` raises the refusal."""
-        self._send(message, arrays, self.timeout_s)
-
     def close(self) -> None:
         """Close the connection; idempotent."""
         self._socket.close()
@@ -150,14 +143,16 @@ class PolicyClient:
     def _receive(self, deadline: float, what: str) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """The next reply, whatever it answers; raises `SilentError` after the deadline."""
         remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0 or not self._socket.poll(max(1, int(remaining_s * 1000))):
-            raise SilentError(f"{self.endpoint}: no answer to {what} in time")
-        return decode_reply(self._socket.recv_multipart())
+        try:
+            self._socket.setsockopt(zmq.RCVTIMEO, max(0, int(remaining_s * 1000)))
+            return decode_reply(self._socket.recv_multipart())
+        except zmq.Again as error:
+            raise SilentError(f"{self.endpoint}: no answer to {what} in time") from error
 
     def _send(self, message: Message, arrays: Arrays | None, limit_s: float) -> int:
         self._request += 1
         frames = encode(msgspec.structs.replace(message, request=self._request), arrays)
-        self._socket.sndtimeo = max(1, int(limit_s * 1000))
+        self._socket.setsockopt(zmq.SNDTIMEO, max(1, int(limit_s * 1000)))
         try:
             # Copied once: an array that is overwritten while ZeroMQ still reads it would corrupt the message.
             self._socket.send_multipart(frames, copy=True)

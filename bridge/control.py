@@ -1,4 +1,4 @@
-"""The synchronous control loop: observe, ask for a chunk, play it, report, until the episode ends."""
+"""The synchronous control loop: observe, report the last chunk and ask for the next, play it, until the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from bridge.messages import (
     Assignment,
     Chunk,
     EndEpisode,
-    Executed,
     Infer,
     WireError,
     observation_tensors,
@@ -78,6 +77,7 @@ def run_episode(
     spec = backend.spec
     pacer = Pacer(1.0 / spec.control_hz) if spec.paced else None
     steps, decisions, infer_wait_s = 0, 0, 0.0
+    last, report = 0, dict[str, Float32]()  # number of the last decision, and what became of it
     versions: dict[str, None] = {}
     status: Status = "running"
     try:
@@ -88,9 +88,9 @@ def run_episode(
             if stopped():
                 backend.stop()
                 return None
-            tensors = observation_tensors(backend.observe())
+            tensors = {**observation_tensors(backend.observe()), **report}
             asked_s = time.monotonic()
-            infer = Infer(session=session, episode=assignment.episode, step=steps)
+            infer = Infer(session=session, episode=assignment.episode, step=steps, executed=last)
             chunk, arrays = client.request(infer, Chunk, tensors)
             infer_wait_s += time.monotonic() - asked_s
             actions = checked_actions(chunk, arrays, assignment.episode, len(spec.action.names))
@@ -100,13 +100,12 @@ def run_episode(
             steps += len(sent)
             if status == "running" and steps >= assignment.horizon_steps:
                 status = "timeout"
-            executed = Executed(session=session, episode=assignment.episode, decision=chunk.decision)
-            client.notify(executed, {"sent": np.stack(sent), "reward": np.array(rewards, np.float32)})
-        final = observation_tensors(backend.observe())
+            last, report = chunk.decision, {"sent": np.stack(sent), "reward": np.array(rewards, np.float32)}
+        final = {**observation_tensors(backend.observe()), **report}
         end: Literal["success", "failure", "timeout"] = status
         # Posted: the disk may take its time, the robot goes on.
         end_request = client.post(
-            EndEpisode(session=session, episode=assignment.episode, status=end, steps=steps), final
+            EndEpisode(session=session, episode=assignment.episode, status=end, steps=steps, executed=last), final
         )
     except BaseException:
         backend.stop()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bridge.backend import BackendSpec, Observation
 from bridge.errors import FieldtuneError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 32
 MAX_DIMS = 4
@@ -77,32 +77,28 @@ class NextEpisode(Message, frozen=True, tag="next_episode"):
 class Infer(Message, frozen=True, tag="infer"):
     """Ask for a chunk. Tensors: `image/<camera>` uint8 `[H, W, 3]`, `state` float32 `[n]`, `privileged` float32 `[m]`.
 
-    `step` is the number of environment steps executed in this episode before this observation.
+    `step` is the number of environment steps executed in this episode before this observation. `executed` is the number
+    of the decision before this one, 0 if there is none; what became of it is told by two more tensors: `sent` float32
+    `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon.
     """
 
     session: str
     episode: str
     step: int
-
-
-class Executed(Message, frozen=True, tag="executed"):
-    """Report what became of a decision; not answered unless it is wrong.
-
-    Tensors: `sent` float32 `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon.
-    """
-
-    session: str
-    episode: str
-    decision: int
+    executed: int = 0
 
 
 class EndEpisode(Message, frozen=True, tag="end_episode"):
-    """Close the episode. The tensors of the last observation come along: a truncated return bootstraps from it."""
+    """Close the episode. Reports the last decision as `Infer` does.
+
+    The tensors of the last observation come along: a truncated return bootstraps from it.
+    """
 
     session: str
     episode: str
     status: Literal["success", "failure", "timeout"]
     steps: int
+    executed: int
 
 
 class GetStatus(Message, frozen=True, tag="get_status"):
@@ -163,7 +159,7 @@ class EpisodeStored(Message, frozen=True, tag="episode_stored"):
 
 
 class StatusReply(Message, frozen=True, tag="status"):
-    """The runtime's counters and latencies; the keys are those of `runtime.server.Status`."""
+    """The runtime's counters and latencies; the keys are those of `runtime.status.Status`."""
 
     status: dict[str, Any]
 
@@ -183,7 +179,7 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
 
 
-Request = Hello | NextEpisode | Infer | Executed | EndEpisode | GetStatus | Announce | Rollback
+Request = Hello | NextEpisode | Infer | EndEpisode | GetStatus | Announce | Rollback
 Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | StatusReply | Serving | Refused
 
 _encoder = msgspec.msgpack.Encoder()
@@ -242,23 +238,27 @@ def _decode(frames: Sequence[Any], decoder: msgspec.msgpack.Decoder[Any]) -> tup
 
 def tensor_from_bytes(info: TensorInfo, data: Any) -> NDArray[Any]:
     """A read-only view of `data` as the array that `info` describes; raises `WireError` where they disagree."""
-    field = f"tensors.{info.name}"
+    shape = info.shape
     dtype = DTYPES.get(info.dtype)
     if dtype is None:
-        raise WireError(f"{field}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}")
-    if len(info.shape) > MAX_DIMS or any(size < 0 for size in info.shape):
-        raise WireError(f"{field}.shape", f"{info.shape[:8]} is not a shape of at most {MAX_DIMS} dimensions")
-    # An empty array may not name huge sizes either: numpy has its own limits on those, and other errors.
-    if math.prod(max(size, 1) for size in info.shape) * dtype.itemsize > MAX_FRAME_BYTES:
-        raise WireError(f"{field}.shape", f"{info.shape} of {info.dtype} is more than {MAX_FRAME_BYTES} bytes")
-    count = math.prod(info.shape)
-    nbytes = memoryview(data).nbytes
-    if count * dtype.itemsize != nbytes:
         raise WireError(
-            field, f"shape {info.shape} of {info.dtype} needs {count * dtype.itemsize} bytes, the frame has {nbytes}"
+            f"tensors.{info.name}.dtype", f"{info.dtype!r} is not allowed; expected one of {', '.join(DTYPES)}"
         )
-    array = np.frombuffer(data, dtype=dtype, count=count).reshape(info.shape)
-    array.flags.writeable = False
+    if len(shape) > MAX_DIMS or (shape and min(shape) < 0):
+        raise WireError(f"tensors.{info.name}.shape", f"{shape[:8]} is not a shape of at most {MAX_DIMS} dimensions")
+    nbytes = len(data) if type(data) is bytes else memoryview(data).nbytes
+    needed = math.prod(shape) * dtype.itemsize
+    # An empty array may not name huge sizes either: numpy has its own limits on those, and other errors.
+    largest = needed or math.prod([max(size, 1) for size in shape]) * dtype.itemsize
+    if largest > MAX_FRAME_BYTES:
+        raise WireError(f"tensors.{info.name}.shape", f"{shape} of {info.dtype} is more than {MAX_FRAME_BYTES} bytes")
+    if needed != nbytes:
+        raise WireError(
+            f"tensors.{info.name}", f"shape {shape} of {info.dtype} needs {needed} bytes, the frame has {nbytes}"
+        )
+    array: NDArray[Any] = np.ndarray(shape, dtype, data)
+    if array.flags.writeable:
+        array.flags.writeable = False
     return array
 
 

@@ -54,6 +54,23 @@ def find_config(name_or_path: str) -> Path:
     )
 
 
+def find_bundle(name_or_path: str) -> Path:
+    """The policy bundle that `name_or_path` means: a directory, or the name of a shipped one (`configs/policies`)."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    shipped = shipped_bundles()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    known = ", ".join(shipped) or "none"
+    raise ConfigError(f"{name_or_path}: no such directory, and no shipped policy of that name ({known})")
+
+
+def shipped_bundles() -> dict[str, Path]:
+    """Name -> directory of the policies that ship with fieldtune."""
+    return {path.name: path for path in sorted((_shipped() / "policies").glob("*")) if path.is_dir()}
+
+
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
     """Read, override and check a deployment; raises `ConfigError`."""
     path = find_config(name_or_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -39,5 +39,8 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     serve: ServeConfig = ServeConfig()
     log: LogConfig = LogConfig()
+    balance: Literal["equal", "need"] = "need"
+    """How training episodes are shared among tasks: all the same, or more for those that succeed less, between 3/4
+    and 3/2 of an equal share."""
     keep_versions: Count = 20
     """Bundles of retired versions kept on disk for rollback; the registry remembers all."""

@@ -101,6 +101,14 @@ class EpisodeIndex:
         found = self._database.rows(f"SELECT COUNT(*) FROM episodes{_FILTER}", (task, status, version))  # noqa: S608
         return int(found[0][0]) if found else 0
 
+    def recent_successes(self, task: str, limit: int) -> builtins.list[bool]:
+        """Whether each of the last `limit` episodes of a task that were not aborted succeeded, oldest first."""
+        found = self._database.rows(
+            "SELECT status FROM episodes WHERE task = ? AND status != 'aborted' ORDER BY seq DESC LIMIT ?",
+            (task, limit),
+        )
+        return [status == "success" for (status,) in reversed(found)]
+
     def path(self, row: EpisodeRow) -> Path:
         """The file of an episode; it may be gone if `row.deleted`, now or since the row was read."""
         return self.directory / "done" / row.file

@@ -197,10 +197,16 @@ def sample_chunk(mean: Float32, log_std: Float32, noise_correlation: float, rng:
     noise. Chunks are independent of each other.
     """
     noise = rng.standard_normal(mean.shape)
-    innovation = math.sqrt(1 - noise_correlation**2)
-    for i in range(1, len(noise)):
-        noise[i] = noise_correlation * noise[i - 1] + innovation * noise[i]
+    if noise_correlation:
+        noise = _correlate(len(noise), noise_correlation) @ noise
     return (mean.astype(np.float64) + np.exp(log_std.astype(np.float64)) * noise).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _correlate(h: int, rho: float) -> NDArray[np.float64]:
+    """The matrix `[h, h]` that makes eps of xi: rho^(i - j) for j <= i, times sqrt(1 - rho^2) but for j = 0."""
+    i, j = np.indices((h, h))
+    return np.where(j <= i, rho ** np.maximum(i - j, 0) * np.where(j, math.sqrt(1 - rho**2), 1.0), 0.0)
 
 
 def log_prob(actions: Float32, mean: Float32, log_std: Float32, noise_correlation: float) -> Float32:

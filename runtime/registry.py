@@ -130,6 +130,14 @@ class Registry:
         """All versions in the order of adding."""
         return self._rows("ORDER BY number")
 
+    def served(self) -> builtins.list[VersionRow]:
+        """The versions that were ever live, in the order in which they first were: the run started from the first.
+
+        Others were added only, to be evaluated beside them.
+        """
+        by_version = {row.version: row for row in self.list()}
+        return [by_version[version] for version in dict.fromkeys(change.version for change in self.history())]
+
     def history(self) -> builtins.list[LiveChange]:
         """All changes of the live version, oldest first."""
         rows = self._database.rows("SELECT version, previous, why, unix_s FROM history ORDER BY number")

@@ -13,6 +13,16 @@ class RunDir:
     path: Path
 
     @property
+    def config(self) -> Path:
+        """The resolved deployment, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Libraries and computer of the run, as JSON."""
+        return self.path / "environment.json"
+
+    @property
     def demos(self) -> Path:
         """Episode log of the demonstrations."""
         return self.path / "demos"
@@ -47,9 +57,9 @@ class RunDir:
         """One JSON object a line for each trainer iteration."""
         return self.trainer / "metrics.jsonl"
 
-    def evaluation(self, version: str) -> Path:
-        """Episode log and result of the evaluation of one version."""
-        return self.path / "eval" / version
+    def evaluation(self, version: str, variant: str = "") -> Path:
+        """Episode log and result of the evaluation of one version; a `variant` is one under other conditions."""
+        return self.path / "eval" / (f"{version}-{variant}" if variant else version)
 
     @property
     def logs(self) -> Path:

@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec
-from bridge.messages import Code, EndEpisode, Executed, Infer, WireError
+from bridge.messages import Code, EndEpisode, Infer, WireError
+
+Arrays = dict[str, NDArray[Any]]
+REPORT = ("sent", "reward")
 
 
 class RefusalError(Exception):
@@ -41,25 +44,25 @@ class OpenEpisode:
     storing: bool = False
     """The end is with the log and not acknowledged yet."""
 
-    def check_infer(self, message: Infer) -> None:
-        """The client may ask for the next chunk only when the last one is accounted for."""
+    def check_report(self, message: Infer | EndEpisode, report: Arrays, horizon: int, d: int) -> int:
+        """k, the number of actions executed of the last decision; 0 if no decision waits for its report.
+
+        Each decision is reported exactly once, with the request after it: the log cannot disagree with the robot.
+        """
         if message.episode != self.episode or self.storing:
             raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
         if self.waiting:
             raise RefusalError("episode", "episode", f"decision {self.decision} is still being computed")
-        if self.reported != self.decision:
-            raise RefusalError("episode", "decision", f"decision {self.decision} was not reported as executed")
-        if message.step != self.steps:
-            raise RefusalError("episode", "step", f"is {message.step}, but {self.steps} steps were reported")
-
-    def check_executed(self, message: Executed, arrays: dict[str, NDArray[Any]], horizon: int, d: int) -> int:
-        """k, the number of actions executed of the last decision."""
-        if message.episode != self.episode or self.storing:
-            raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
-        if self.waiting or message.decision != self.decision or self.reported == self.decision:
-            raise RefusalError("episode", "decision", f"{message.decision} does not wait for its report")
-        sent, reward = arrays.get("sent"), arrays.get("reward")
-        if sent is None or reward is None or len(arrays) != 2:
+        due = self.decision if self.reported != self.decision else 0
+        if message.executed != due:
+            why = f"decision {due} was not reported" if due else "no decision waits for its report"
+            raise RefusalError("episode", "executed", f"is {message.executed}, but {why}")
+        if not due:
+            if report:
+                raise WireError("tensors", f"has {', '.join(report)}, but `executed` is 0")
+            return 0
+        sent, reward = report.get("sent"), report.get("reward")
+        if sent is None or reward is None:
             raise WireError("tensors", "expected `sent` and `reward`")
         k = len(sent) if sent.ndim else 0
         if sent.dtype != np.float32 or sent.shape != (k, d) or not 1 <= k <= horizon:
@@ -72,14 +75,22 @@ class OpenEpisode:
             raise RefusalError("episode", "tensors.sent", f"the episode may have {self.horizon_steps} steps")
         return k
 
-    def check_end(self, message: EndEpisode) -> None:
-        """An episode ends once, with every decision reported and every step counted."""
-        if message.episode != self.episode or self.storing:
-            raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
-        if self.waiting or self.reported != self.decision or not self.decision:
-            raise RefusalError("episode", "decision", "the last decision was not reported as executed")
-        if message.steps != self.steps:
-            raise RefusalError("episode", "steps", f"is {message.steps}, but {self.steps} steps were reported")
+    def check_infer(self, message: Infer, k: int) -> None:
+        """A chunk is asked for at the step that the reports, with the `k` of this one, have come to."""
+        if message.step != self.steps + k:
+            raise RefusalError("episode", "step", f"is {message.step}, but {self.steps + k} steps were reported")
+
+    def check_end(self, message: EndEpisode, k: int) -> None:
+        """An episode ends with a decision made and every step counted."""
+        if not self.decision:
+            raise RefusalError("episode", "decision", "no decision was made in this episode")
+        if message.steps != self.steps + k:
+            raise RefusalError("episode", "steps", f"is {message.steps}, but {self.steps + k} steps were reported")
+
+
+def take_report(arrays: Arrays) -> Arrays:
+    """The tensors of a report, taken out of `arrays`; what is left is the observation."""
+    return {name: arrays.pop(name) for name in REPORT if name in arrays}
 
 
 @dataclass(slots=True)

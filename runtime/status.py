@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,12 +45,16 @@ class Status(Struct, frozen=True, kw_only=True):
     """From a request's arrival to its reply, over the last decisions: p50, p99, max."""
     inference_share: float
     """Share of the uptime in which the inference thread computed."""
+    inference_cpu_s: float
+    """Processor seconds that it took for that."""
     log: dict[str, Any]
     """`runtime.episodes.LogStats`."""
     recent: tuple[EpisodeBrief, ...]
     """The last episodes."""
     episodes_per_min: float
     """Episodes that ended in the last minute."""
+    shares: dict[str, float]
+    """Share of each task in the episodes that are assigned now; empty for a fixed list of episodes."""
     finished: bool
     """No episode will be assigned any more."""
 
@@ -62,16 +67,20 @@ RECENT = 100  # episodes; they travel in a header, which is small
 class Counters:
     """What the server counts as it goes."""
 
+    started_s: float = field(default_factory=time.monotonic)
     decisions: int = 0
     swaps: int = 0
     refused_swaps: int = 0
-    undeliverable: int = 0
     dropped: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
     episodes: Counter[str] = field(default_factory=Counter)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[EpisodeBrief] = field(default_factory=lambda: deque(maxlen=RECENT))
     ended_s: deque[float] = field(default_factory=deque)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the server was made."""
+        return time.monotonic() - self.started_s
 
     def add_episode(self, episode: EpisodeBrief) -> None:
         """Count an episode that has ended."""
@@ -79,8 +88,9 @@ class Counters:
         self.recent.append(episode)
         self.ended_s.append(episode.ended_s)
 
-    def episodes_per_min(self, uptime_s: float) -> float:
+    def episodes_per_min(self) -> float:
         """Episodes that ended in the last minute, or at that rate while the runtime is younger."""
+        uptime_s = self.uptime_s
         while self.ended_s and self.ended_s[0] < uptime_s - 60.0:
             self.ended_s.popleft()
         return len(self.ended_s) * 60.0 / min(60.0, uptime_s) if uptime_s else 0.0

@@ -27,9 +27,12 @@ class ChildFailedError(FieldtuneError):
     """A child process failed too often or beyond repair; the message has the end of its log."""
 
 
+STDERR = 2  # the descriptor; what a child says is no result of this process, so it does not go to its stdout
+
+
 @dataclass(slots=True)
 class Child:
-    """One child process. Its output goes to `log`, or to this process's own if `log` is None.
+    """One child process. Its output goes to `log`, or to the stderr of this process if `log` is None.
 
     The child lives no longer than its parent: its stdin is a pipe from here, and it stops when that closes, so even a
     parent killed by SIGKILL leaves nothing behind. Ctrl-C reaches only the parent, which stops its children in order.
@@ -53,7 +56,7 @@ class Child:
             self.process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,
-                stdout=output,
+                stdout=output or STDERR,
                 stderr=subprocess.STDOUT if output else None,
                 env={**os.environ, WATCH_STDIN: "1"},
                 start_new_session=True,
@@ -79,7 +82,7 @@ class Child:
         self._failures.append(now_s)
         while now_s - self._failures[0] > FAILURE_WINDOW_S:
             self._failures.popleft()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        how = how_it_ended(code)
         if code == BAD_USAGE or len(self._failures) >= MAX_FAILURES:
             raise ChildFailedError(f"{self.name} {how}{self.tail()}")
         pause_s = min(0.25 * 2 ** len(self._failures), 8.0)
@@ -126,6 +129,11 @@ class Child:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
         self.process = None
+
+
+def how_it_ended(code: int) -> str:
+    """A failure's exit code in words; negative ones are signals."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 
 def stop_on_signals() -> threading.Event:

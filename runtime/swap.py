@@ -82,9 +82,13 @@ class Live:
         self._previous, self._policy = self._policy, policy
 
     def _prune(self) -> None:
-        """Delete old bundles; the roots of a lineage, the live version and the one before it always stay."""
+        """Delete old bundles; the roots of a lineage, the live version and the one before it always stay.
+
+        A bundle made elsewhere has a parent that this run does not know: here it is a root.
+        """
         keep = {self._policy.version, self.previous}
-        rows = [row for row in self._registry.list() if row.parent and row.version not in keep]
+        known = {row.version for row in self._registry.list()}
+        rows = [row for row in self._registry.list() if row.parent in known and row.version not in keep]
         for row in sorted(rows, key=lambda row: row.number)[: -self._keep]:
             directory = self._run.policies / row.version
             if directory.is_dir():

@@ -23,7 +23,6 @@ from bridge.messages import (
     Chunk,
     EndEpisode,
     EpisodeStored,
-    Executed,
     GetStatus,
     Infer,
     NextEpisode,
@@ -193,13 +192,14 @@ class Robot:
     episode: str = ""
     decision: int = 0
     steps: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
 
     def next(self) -> Assignment | NoEpisode:
         """Ask for the next episode."""
         reply, _ = self.client.ask(NextEpisode(session=self.welcome.session))
         assert isinstance(reply, Assignment | NoEpisode)
         if isinstance(reply, Assignment):
-            self.episode, self.decision, self.steps = reply.episode, 0, 0
+            self.episode, self.decision, self.steps, self.report = reply.episode, 0, 0, {}
         return reply
 
     def observation(self, spec: BackendSpec, x: float = 0.0) -> dict[str, Any]:
@@ -213,24 +213,25 @@ class Robot:
         )
 
     def infer(self, arrays: Any, **changes: Any) -> tuple[Chunk, dict[str, Any]]:
-        """Ask for a chunk."""
-        fields = {"session": self.welcome.session, "episode": self.episode, "step": self.steps, **changes}
-        chunk, tensors = self.client.request(Infer(**fields), Chunk, arrays)
-        self.decision = chunk.decision
+        """Ask for a chunk, and report what was executed of the last one."""
+        fields = {**self._fields(), "step": self.steps, **changes}
+        chunk, tensors = self.client.request(Infer(**fields), Chunk, {**arrays, **self.report})
+        self.decision, self.report = chunk.decision, {}
         return chunk, tensors
 
-    def executed(self, k: int = 1, arrays: Any = None, **changes: Any) -> None:
-        """Report k executed actions."""
-        if arrays is None:
-            arrays = {"sent": np.zeros((k, 2), np.float32), "reward": np.zeros(k, np.float32)}
-        fields = {"session": self.welcome.session, "episode": self.episode, "decision": self.decision, **changes}
-        self.client.notify(Executed(**fields), arrays)
+    def executed(self, k: int = 1) -> None:
+        """Have k actions of the last chunk executed; the next request reports them."""
+        self.report = {"sent": np.zeros((k, 2), np.float32), "reward": np.zeros(k, np.float32)}
         self.steps += k
 
+    def _fields(self) -> dict[str, Any]:
+        executed = self.decision if self.report else 0
+        return {"session": self.welcome.session, "episode": self.episode, "executed": executed}
+
     def end(self, arrays: Any, status: Any = "timeout", **changes: Any) -> EpisodeStored:
-        """End the episode."""
-        fields = {"session": self.welcome.session, "episode": self.episode, "steps": self.steps, **changes}
-        reply, _ = self.client.request(EndEpisode(status=status, **fields), EpisodeStored, arrays)
+        """End the episode, and report what was executed of the last chunk."""
+        fields = {**self._fields(), "steps": self.steps, **changes}
+        reply, _ = self.client.request(EndEpisode(status=status, **fields), EpisodeStored, {**arrays, **self.report})
         return reply
 
     def run_episode(self, spec: BackendSpec, decisions: int = 2) -> EpisodeStored:

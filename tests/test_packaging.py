@@ -120,21 +120,53 @@ def test_make_holds_pip_to_the_constraints_except_for_another_torch(torch: str, 
     assert any(line.startswith("torch==") for line in lines)
 
 
+SHIPPED_PARTS = ("policy.yaml", "graph.onnx", "weights.safetensors", "tokenizer.json", "probe.safetensors")
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout."""
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("fieldtune-*.whl")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what this checkout is built from, with one more policy that ships."""
+    path = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, path)
+    for name in ("bridge", "runtime", "trainer", "fieldtune", "configs"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "docs", "runs"):
+        (path / name).mkdir()
+        (path / name / "left_out.py").write_text("")
+    policies = path / "configs" / "policies"
+    (policies / "made_up").mkdir(parents=True)
+    (policies / "made_up.md").write_text("what it is")
+    for part in SHIPPED_PARTS:
+        (policies / "made_up" / part).write_bytes(b"x")
     return path
 
 
-def test_the_wheel_holds_the_packages_the_configurations_and_the_licence(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the source distribution of the checkout is, and the wheel built from that."""
+    out = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """The wheel."""
+    (path,) = built.glob("fieldtune-*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_packages_the_configurations_the_policies_and_the_licence(
+    wheel: Path, checkout: Path
+) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for config in (ROOT / "configs").rglob("*.yaml"):
-        assert f"fieldtune/{config.relative_to(ROOT).as_posix()}" in names
+    configs = [path for path in (checkout / "configs").rglob("*") if path.is_file()]
+    assert len(configs) > len(SHIPPED_PARTS)
+    for config in configs:
+        assert f"fieldtune/{config.relative_to(checkout).as_posix()}" in names
     for package in ("bridge", "runtime", "trainer", "fieldtune"):
         for path in (ROOT / package).rglob("*.py"):
             assert path.relative_to(ROOT).as_posix() in names

@@ -104,6 +104,11 @@ class DemoBuffer:
         return _gather(picked), task
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks it holds episodes of, in the order of the indices that `sample` gives."""
+        return tuple(self._entries)
+
+    @property
     def episodes(self) -> int:
         """Episodes in the buffer."""
         return sum(len(entries) for entries in self._entries.values())
@@ -113,6 +118,11 @@ class DemoBuffer:
         """Mean length of its episodes in environment steps; 0 if it is empty."""
         steps = [entry.steps for entries in self._entries.values() for entry in entries]
         return float(np.mean(steps)) if steps else 0.0
+
+    def mean_steps_of(self, task: str) -> float | None:
+        """Mean length of the task's episodes in environment steps; None where it has none."""
+        steps = [entry.steps for entry in self._entries[task]]
+        return float(np.mean(steps)) if steps else None
 
     def entries(self, task: str) -> tuple[Entry, ...]:
         """What the buffer holds of one task, in order of admission."""

@@ -6,10 +6,15 @@ discount of one step,
     R     = sum_{i<k} gamma^i r_{t+i}                                   reward of the decision      (trainer/batch.py)
     delta = R + gamma^k V(o') (1 - terminated) - V(o)
     A     = delta + gamma^k lambda A'                                   GAE over decisions
-    ratio = exp(sum_{i<k} log pi(a_i | o, a_{<i}) - log mu(a_i | o, a_{<i}))  mu: the policy that acted
-    L_ppo = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
+    ratio = exp(sum_{i<k} log pi(a_i | o, a_{<i}) - log pi_0(a_i | o, a_{<i}))  pi_0: pi before this update
+    rho   = exp(sum_{i<k} log pi_0(a_i | o, a_{<i}) - log mu(a_i | o, a_{<i}))  mu: the policy that acted
+    L_ppo = -min(rho, rho_max) min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
     L_sbc = -log pi(a_i | o), mean over the executed actions a_i of the demonstration buffer
     total = w L_ppo + (1 - w) c L_sbc                                   w by task                   (trainer/weight.py)
+
+The robot goes on while the trainer learns, so mu is often a version or two behind. Clipping against mu would then spend
+the trust region on what earlier updates did; the decoupled objective clips against pi_0 and weighs by rho instead.
+pi_0 is computed in the precision that pi is, so that rounding cancels in the ratio.
 
 In an ablation L_sbc gives way to the KL to a frozen policy, mean over the executed actions of the minibatch,
 
@@ -21,11 +26,12 @@ short: the noise is white or AR(1) along the chunk, so the log-prob of a prefix 
 the residual of a demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process.
 
 A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
-1707.06347; GAE, 1506.02438; action chunks and the two losses together, 2509.25718.
+1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,11 +47,15 @@ from trainer.samples import random_shift
 from trainer.vla import VLA, log_prob
 
 CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
+PRIOR_EPISODES = 2.0  # of a task's scale; see normalise_by_task
+MAX_IMPORTANCE = 2.0  # rho_max
+LR_STEP, LR_RANGE = 1.2, 10.0  # see adapted_lr
+KL_STOP = 2.0  # an update ends where its KL is above this many times the target
 PRECISION_SAMPLE = 128
-# bfloat16 halves the time of a gradient step, but rounds the log-ratio: by 0.08 (standard deviation) for a chunk of
-# 8 x 4 numbers at sigma 0.2, and in proportion to 1 / sigma. Up to this share of the clipping range it only blurs where
-# clipping begins.
-PRECISION_SHARE = 0.5
+# bfloat16 halves the time of a gradient step, but rounds the log-prob: by 0.04 (standard deviation) for a chunk of
+# 8 x 4 numbers at sigma 0.15, in proportion to 1 / sigma and more for correlated noise. Up to this share of the
+# clipping range it only blurs where clipping begins.
+PRECISION_SHARE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +66,11 @@ class Update:
     cloning_loss: float
     """L_sbc, or L_kl in its place."""
     kl: float
-    """KL(mu || pi), estimated as mean(ratio - 1 - log ratio), which is unbiased and never negative."""
+    """KL(pi_0 || pi), estimated as the mean of ratio - 1 - log ratio weighted by rho; never negative."""
     clip_fraction: float
     """Share of decisions whose ratio was outside the clipping range."""
+    effective_share: float
+    """(sum rho)^2 / (N sum rho^2): the share of the batch that it is worth; 1 if pi_0 is the policy that acted."""
     grad_norm: float
     """Mean length of the gradient before it was clipped."""
     gradient_steps: int
@@ -98,18 +110,32 @@ def next_values(value: Float64, final_value: Float64, last: NDArray[np.bool_], e
     return np.where(last, final_value[episode], following)
 
 
-def normalise_by_task(advantage: Float64, task: NDArray[np.int64], used: NDArray[np.bool_]) -> Float64:
-    """Advantages `[N]` with mean 0 and standard deviation 1 over the `used` decisions of each task; 0 elsewhere.
+def normalise_by_task(
+    advantage: Float64, task: NDArray[np.int64], episode: NDArray[np.int64], used: NDArray[np.bool_]
+) -> Float64:
+    """Advantages `[N]` with mean 0 over the `used` decisions of each task, in units of its scale; 0 elsewhere.
 
-    By task, so that a task with long episodes or large returns does not drown the others.
+        scale_i = max(s_i, s_i^(e_i / (e_i + e_0)) s^(e_0 / (e_i + e_0)))
+
+    s_i is the standard deviation within task i, e_i its number of episodes, s the geometric mean of the s_i by
+    episodes, e_0 = `PRIOR_EPISODES`. By task, so that a task with large returns does not drown the others. With many
+    episodes the scale is s_i. The decisions of a few episodes are much alike and may hardly differ by chance; taken as
+    they are, their noise would be scaled up to the size of everybody else's signal (own rule).
     """
     normalised = np.zeros_like(advantage)
-    for number in np.unique(task[used]):
+    # A task whose decisions are all equally good has nothing to say; scaling its rounding errors up would.
+    spread = {
+        int(number): std
+        for number in np.unique(task[used])
+        if (std := float(advantage[used & (task == number)].std())) > 1e-6
+    }
+    episodes = {number: len(np.unique(episode[used & (task == number)])) for number in spread}
+    pooled = sum(episodes[number] * math.log(std) for number, std in spread.items()) / max(1, sum(episodes.values()))
+    for number, std in spread.items():
         rows = used & (task == number)
-        centred = advantage[rows] - advantage[rows].mean()
-        std = float(centred.std())
-        # A task whose decisions are all equally good has nothing to say; scaling its rounding errors up would.
-        normalised[rows] = centred / std if std > 1e-6 else 0.0
+        own = episodes[number] / (episodes[number] + PRIOR_EPISODES)
+        scale = max(std, math.exp(own * math.log(std) + (1.0 - own) * pooled))
+        normalised[rows] = (advantage[rows] - advantage[rows].mean()) / scale
     return normalised
 
 
@@ -153,8 +179,21 @@ def anchor_loss(mean: Tensor, frozen_mean: Tensor, log_std: Tensor, mask: Tensor
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """Estimate of KL(mu || pi) `[B]` from actions of mu: ratio - 1 - log ratio."""
+    """Estimate of KL(pi_0 || pi) `[B]` from actions of pi_0: ratio - 1 - log ratio."""
     return log_ratio.exp() - 1 - log_ratio
+
+
+def adapted_lr(lr: float, kl: float, config: PPOConfig) -> float:
+    """Learning rate of the next update after one with this KL, so that KL follows `config.target_kl` (own rule):
+
+        lr <- clip(lr clip(sqrt(target / KL), 1 / LR_STEP, LR_STEP), lr_0 / LR_RANGE, lr_0 LR_RANGE)
+
+    The square root because KL goes with the square of the step. How far a learning rate moves a policy depends on
+    sigma, on the noise's correlation, on network and batch; the KL that a policy survives does not.
+    """
+    factor = math.sqrt(config.target_kl / max(kl, 1e-9))
+    adapted = lr * min(max(factor, 1 / LR_STEP), LR_STEP)
+    return min(max(adapted, config.lr / LR_RANGE), config.lr * LR_RANGE)
 
 
 @dataclass(slots=True)
@@ -191,15 +230,15 @@ def update(
     generator: torch.Generator,
     stopped: Callable[[], bool],
 ) -> Update | None:
-    """One update of the policy on the fresh decisions of a batch: `config.epochs` passes, or fewer if the KL to the
-    behaviour policy passes `config.target_kl`. None, with the policy half changed, if `stopped` came first.
+    """One update of the policy on the fresh decisions of a batch: `config.epochs` passes, or fewer if its KL passes
+    `KL_STOP` x `config.target_kl`. None, with the policy half changed, if `stopped` came first.
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
     buffer are shifted by up to `shift_px`, as in supervised fine-tuning. With `frozen`, L_kl to it takes the place of
     L_sbc, and the buffer is not used.
     """
     task = batch.observations.task
-    normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.fresh).astype(np.float32))
+    normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.episode, batch.fresh).astype(np.float32))
     w = torch.from_numpy(weight)
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     reduced = reduced_precision(vla, batch, config.clip)
@@ -207,6 +246,8 @@ def update(
     frozen_mean = _means(frozen, batch, config.minibatch, reduced) if held and frozen is not None else None
     clone = held and frozen is None and buffer.episodes > 0
     correlation = vla.spec.noise_correlation
+    before = _log_probs(vla, batch, config.minibatch, reduced)
+    importance = (before - batch.log_prob).exp().clamp(max=MAX_IMPORTANCE)
     zero = torch.zeros(())
     grad_norm, gradient_steps, kl_stop = 0.0, 0, False
     sums = _Pass()
@@ -219,9 +260,9 @@ def update(
             mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
             executed = batch.executed.index_select(0, rows)
             new = executed_log_prob(batch.actions.index_select(0, rows), mean, log_std, executed, correlation)
-            log_ratio = new - batch.log_prob.index_select(0, rows)
-            by_decision = ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
-            kl = float(approximate_kl(log_ratio.detach()).mean())
+            log_ratio, rho = new - before.index_select(0, rows), importance.index_select(0, rows)
+            by_decision = rho * ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
+            kl = float((rho * approximate_kl(log_ratio.detach())).sum() / rho.sum())
             cloned = zero
             if frozen_mean is not None:
                 cloned = anchor_loss(mean, frozen_mean.index_select(0, rows), log_std, executed, (1 - w)[seen.task])
@@ -230,7 +271,7 @@ def update(
                 cloned = _buffer_loss(vla, buffer, 1 - w, count, shift_px, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
             sums.add(by_decision.mean(), cloned, kl, outside.float().mean())
-            kl_stop = kl > config.target_kl
+            kl_stop = kl > KL_STOP * config.target_kl
             if kl_stop:
                 break
             total = (w[seen.task] * by_decision).mean() + cloning_scale * cloned
@@ -246,6 +287,7 @@ def update(
         cloning_loss=sums.cloning_loss / max(1, sums.count),
         kl=sums.kl / max(1, sums.count),
         clip_fraction=sums.clip_fraction / max(1, sums.count),
+        effective_share=_effective_share(importance[torch.from_numpy(batch.fresh)]),
         grad_norm=grad_norm / max(1, gradient_steps),
         gradient_steps=gradient_steps,
         kl_stop=kl_stop,
@@ -287,6 +329,22 @@ def _buffer_loss(
     mean, log_std = _forward(vla, images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), reduced)
     scale = scale_by_task[torch.from_numpy(task)]
     return cloning_loss(torch.from_numpy(samples.target), mean, log_std, torch.from_numpy(samples.mask), scale)
+
+
+def _log_probs(vla: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:
+    """sum_{i<k} log pi_0(a_i | o, a_{<i}) `[N]` of the fresh decisions; of the others what was logged."""
+    known = batch.log_prob.clone()
+    with torch.no_grad():
+        for rows in torch.split(torch.from_numpy(np.flatnonzero(batch.fresh)), rows_at_once):
+            seen = batch.observations.rows(rows)
+            mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
+            actions, executed = batch.actions.index_select(0, rows), batch.executed.index_select(0, rows)
+            known[rows] = executed_log_prob(actions, mean, log_std, executed, vla.spec.noise_correlation)
+    return known
+
+
+def _effective_share(importance: Tensor) -> float:
+    return float(importance.sum().square() / (len(importance) * importance.square().sum()))
 
 
 def _means(policy: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:

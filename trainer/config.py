@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from bridge.backend import BackendSpec
+from bridge.config import ConfigError
+
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
@@ -19,6 +22,9 @@ class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Successful demonstrations collected for each task."""
     first_seed: int = 0
     """Seeds are taken from here upwards; a demonstration that fails is not kept and its seed is passed over."""
+    workers: Count | None = None
+    """Processes that each drive one backend. None: one for each core, as far as there is work for them, but one for a
+    backend whose time passes by itself (a robot). The demonstrations are the same for any number."""
 
 
 class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,8 +32,8 @@ class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     horizon_steps: Count = 8
     """h: actions in a chunk."""
-    channels: tuple[Count, ...] = (32, 64, 96, 128)
-    """Channels of the convolutions of the image encoder; each halves the image."""
+    channels: tuple[Count, ...] = (48, 96, 128)
+    """Channels of the convolutions of the image encoder; the first reduces the image by 4, each other one by 2."""
     width: Count = 384
     """Width of the fusion MLP."""
     text_width: Count = 64
@@ -55,6 +61,9 @@ class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW's decay of matrices."""
     shift_px: Annotated[int, Meta(ge=0)] = 3
     """Largest random shift of the images, in pixels of the policy's image."""
+    auxiliary: Annotated[float, Meta(ge=0)] = 0.0
+    """Weight of predicting the simulator's privileged state from the policy's features, for pretraining only: the head
+    that does it is not exported. 0: none."""
 
 
 class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,10 +75,11 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """lambda of GAE, over decisions."""
     clip: Positive = 0.2
     """Clipping range of the ratio of the executed slice."""
-    target_kl: Positive = 0.3
-    """A pass over the batch stops when the mean KL to the behaviour policy is above this."""
-    lr: Positive = 1e-4
-    """Learning rate of the actor."""
+    target_kl: Positive = 0.05
+    """KL that an update should have, in nats a decision: the learning rate follows it, and an update that is at twice
+    this ends."""
+    lr: Positive = 5e-5
+    """Learning rate of the actor at first; it stays between a tenth of this and ten times this."""
     epochs: Count = 5
     """Passes over the batch."""
     minibatch: Count = 500
@@ -155,6 +165,14 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     tasks: tuple[str, ...] = ()
     """Tasks to train on; empty: all tasks of the backend."""
+    post_train: tuple[str, ...] = ()
+    """Those of the tasks that are improved in deployment: no episodes of the others are collected, but they are cloned
+    from their demonstrations, so that they are not forgotten. Empty: all."""
+    start: str | None = None
+    """Bundle that supervised fine-tuning starts from: a shipped one by name, or a path; none: a fresh network."""
+    policy: str | None = None
+    """The first version of the run: a bundle to go on from, as it is, instead of supervised fine-tuning; a shipped one
+    by name, or a path. Demonstrations are collected all the same where there is a scripted expert, for the buffer."""
     train_first_seed: int = 10_000
     """Seeds of training episodes are drawn from here upwards ..."""
     train_seeds: Count = 900_000
@@ -163,7 +181,7 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Threads of torch. More than one pays only where no other process wants the cores: two that have to wait for each
     other were measured at a tenth of the speed of one."""
     episodes_per_iteration: Count = 20
-    """Episodes per task in one PPO batch."""
+    """Episodes in one PPO batch, for each task on average; which tasks get more is `runtime.balance`."""
     max_staleness_versions: Annotated[int, Meta(ge=0)] = 2
     """Decisions of versions older than this many before the newest are left out of PPO and counted."""
     demos: DemosConfig = DemosConfig()
@@ -174,3 +192,15 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     weight: WeightConfig = WeightConfig()
     stop: StopConfig = StopConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def trained(self, spec: BackendSpec) -> tuple[str, ...]:
+        """Tasks of the backend that the policy is for."""
+        return self.tasks or tuple(spec.instructions)
+
+    def post_trained(self, spec: BackendSpec) -> tuple[str, ...]:
+        """Tasks that are improved in deployment. Raises `ConfigError` for one that the policy is not for."""
+        tasks = self.trained(spec)
+        for task in self.post_train:
+            if task not in tasks:
+                raise ConfigError(f"$.trainer.post_train: {task!r} is not among the tasks ({', '.join(tasks)})")
+        return self.post_train or tasks

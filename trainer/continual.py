@@ -41,9 +41,10 @@ from trainer import metrics
 from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
 from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
-from trainer.chunked_ppo import Update, advantages, next_values, update
+from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
+from trainer.environment import cpu_time
 from trainer.experience import Experience
 from trainer.export import Exporter, become, load_weights
 from trainer.ratio import Behaviours, check_ratio
@@ -110,7 +111,10 @@ class ContinualTrainer:
         """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
         self._run, self._config = run, config
         self._announce, self._stop, self._warn = announce, stop, warn
-        self._tasks = config.tasks or tuple(spec.instructions)
+        self._tasks = config.post_trained(spec)
+        # Behind those that are improved, so that a task has one index in batch and buffer.
+        rehearsed = tuple(task for task in config.trained(spec) if task not in self._tasks)
+        held = self._tasks + rehearsed
         self._registry = Registry(run.registry)
         self._checkpoint_path = run.trainer / "checkpoint.pt"
         self._rng = np.random.default_rng(seed)
@@ -132,7 +136,7 @@ class ContinualTrainer:
         self._actor_optimiser = self._new_actor_optimiser()
         self._critic_optimiser = torch.optim.Adam(self._critic.parameters(), lr=config.ppo.critic_lr)
         self._behaviours = Behaviours(run.policies, self._vla, config.max_staleness_versions + 2)
-        self._buffer = DemoBuffer(config.buffer, self._tasks)
+        self._buffer = DemoBuffer(config.buffer, held)
         self._weight = WeightSchedule(config.weight, config.ppo.target_kl, self._tasks)
         self._state = TrainerState(
             iteration=0,
@@ -150,10 +154,11 @@ class ContinualTrainer:
             self._restore(checkpoint)
         self._behaviours.remember(start, self._vla)
         if not checkpoint:
-            if not self._experience.seed(self._buffer, self._tasks, config.demos):
+            if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._set_exploration()
         self._collect_wait_s = 0.0
+        self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
         self._follow_live()
@@ -251,6 +256,8 @@ class ContinualTrainer:
         if result is not None:
             self._state.after_warmup += 1
             self._weight.add_kl(result.kl)
+            for group in self._actor_optimiser.param_groups:
+                group["lr"] = adapted_lr(group["lr"], result.kl, self._config.ppo)
             self._publish(rows)
         line = {
             "iteration": self._state.iteration,
@@ -262,12 +269,14 @@ class ContinualTrainer:
             **metrics.results(episodes, self._tasks),
             "buffer_episodes": self._buffer.episodes,
             "buffer_steps": self._buffer.mean_steps,
+            "buffer_steps_by_task": {task: self._buffer.mean_steps_of(task) for task in self._tasks},
             "weight": weight.mean,
             "weight_by_task": weight.by_task,
             "weight_inputs": weight.inputs(),
             **metrics.losses(result),
             "value_loss": value_loss,
             "explained_variance": variance,
+            "lr": self._actor_optimiser.param_groups[0]["lr"],
             "sigma": self._sigma(),
             "ratio_error": ratio_error,
             "staleness_versions": float(batch.age[batch.fresh].mean()),
@@ -276,6 +285,7 @@ class ContinualTrainer:
             "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
             "collect_wait_s": self._collect_wait_s,
             "learn_s": time.monotonic() - began_s,
+            "cpu_idle_share": self._cpu_idle_share(),
         }
         metrics.append_line(self._run.metrics, line)
         self.save()
@@ -339,7 +349,8 @@ class ContinualTrainer:
             batch,
             advantage,
             self._buffer,
-            np.array([weight.by_task[task] for task in self._tasks], np.float32),
+            # What is only rehearsed is only cloned.
+            np.array([weight.by_task.get(task, 0.0) for task in self._buffer.tasks], np.float32),
             self._config.ppo,
             cloning_scale=self._config.weight.cloning_scale,
             frozen=self._frozen,
@@ -444,13 +455,9 @@ class ContinualTrainer:
                 f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
                 "cameras or trainer.vla; choose another `name`, or move it away to start again from the live version"
             ) from error
-        # The learning rates of the configuration count, not those that the checkpoint was made with.
-        for optimiser, lr in (
-            (self._actor_optimiser, self._config.ppo.lr),
-            (self._critic_optimiser, self._config.ppo.critic_lr),
-        ):
-            for group in optimiser.param_groups:
-                group["lr"] = lr
+        # The critic's learning rate of the configuration counts, not that which the checkpoint was made with.
+        for group in self._critic_optimiser.param_groups:
+            group["lr"] = self._config.ppo.critic_lr
         self._rng.bit_generator.state = json.loads(self._state.rng)
         self._generator.set_state(checkpoint.generator)
         self._weight.restore(self._state.weight)
@@ -464,6 +471,11 @@ class ContinualTrainer:
     def _sigma(self) -> float:
         """Mean standard deviation of the policy, in half ranges of the action."""
         return float(self._vla.log_sigma.detach().exp().mean())
+
+    def _cpu_idle_share(self) -> float | None:
+        """Share of the time since the last call in which this computer's cores had nothing to do."""
+        before, self._cpu_time = self._cpu_time, cpu_time()
+        return self._cpu_time.idle_share_since(before) if before and self._cpu_time else None
 
     def _elapsed_s(self) -> float:
         return self._state.elapsed_s + time.monotonic() - self._started_s

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 from msgspec import Struct
 
-from bridge.backend import Backend, Float32, HasExpert, Observation
-from bridge.errors import FieldtuneError
-from bridge.messages import observation_tensors
-from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
+from bridge.backend import Backend, BackendSpec, HasExpert
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
-from runtime.records import tensor_records
+from trainer.attempts import (
+    ATTEMPT_TIMEOUT_S,
+    Attempt,
+    Demonstration,
+    DemosError,
+    Job,
+    attempts_here,
+    attempts_in_workers,
+)
 from trainer.config import DemosConfig
+from trainer.environment import usable_cores
 
-EXPERT_VERSION = "expert"
 ATTEMPTS_PER_DEMO = 5
 STORE_TIMEOUT_S = 60.0
-
-Record = DecisionRecord | ExecutedRecord
-
-
-class DemosError(FieldtuneError):
-    """Demonstrations that cannot be had; the message says why and what to do."""
+DEMOS_PER_WORKER = 10
+"""Where the number of workers is left to us: to start a simulator costs as much as about ten demonstrations with it."""
+SEEDS_AHEAD = 64
+"""How far attempts of a task may go ahead of the first one that is not answered: what waits for it is in memory."""
 
 
 class TaskDemos(Struct, frozen=True):
@@ -54,7 +55,7 @@ class DemoSummary(Struct, frozen=True):
 
 
 def collect_demos(
-    backend: Backend,
+    make: Callable[[], Backend],
     directory: Path,
     config: DemosConfig,
     tasks: Sequence[str],
@@ -62,41 +63,64 @@ def collect_demos(
     progress: Callable[[int, int], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> DemoSummary:
-    """Let the expert of `backend` succeed `config.per_task` times at each task and log that in `directory`.
+    """Let the expert of a backend succeed `config.per_task` times at each task and log that in `directory`.
 
-    The backend is connected and closed here; no `tasks` means all of its tasks. The attempt of a seed depends on the
-    seed alone; seeds are tried upwards from `config.first_seed`, so the same settings give the same demonstrations, and
-    what is in the log already is not collected again. Attempts that do not succeed within `horizon_steps` are not
-    stored. `progress(kept, wanted)` is called after every attempt; `stopped` is asked before each.
+    `make` makes a backend that is not connected; where several workers drive, each makes its own. No `tasks` means all
+    of its tasks. The attempt of a seed depends on the seed alone; seeds are tried upwards from `config.first_seed` and
+    stored in this order, so the same settings give the same demonstrations whatever the number of workers, and what is
+    in the log already is not collected again. Attempts that do not succeed within `horizon_steps` are not stored.
+    `progress(kept, wanted)` is called after every attempt; `stopped` is asked often and ends running attempts.
 
-    Raises `DemosError` where the backend has no expert or does not know a task, and where the expert fails too often:
-    after five attempts for each demonstration wanted.
+    Raises `DemosError` where the backend has no expert or does not know a task, where a worker is lost, and where the
+    expert fails too often: after five attempts for each demonstration wanted.
     """
+    backend = make()
+    spec = backend.spec
     if not isinstance(backend, HasExpert):
         raise DemosError(
-            f"backend {backend.spec.name} has no scripted expert (no `expert_action`), so it cannot demonstrate; "
+            f"backend {spec.name} has no scripted expert (no `expert_action`), so it cannot demonstrate; "
             "start from a bundle that was made elsewhere, or log demonstrations of yours"
         )
-    tasks = tasks or tuple(backend.spec.instructions)
+    tasks = tasks or tuple(spec.instructions)
     for task in tasks:
-        if task not in backend.spec.instructions:
-            known = ", ".join(backend.spec.instructions)
-            raise DemosError(f"trainer.tasks: backend {backend.spec.name} has no task {task!r} (known: {known})")
+        if task not in spec.instructions:
+            known = ", ".join(spec.instructions)
+            raise DemosError(f"trainer.tasks: backend {spec.name} has no task {task!r} (known: {known})")
     log = EpisodeLog(directory)
     try:
         index = EpisodeIndex(directory)
-        wanted = config.per_task * len(tasks)
-        kept = sum(len(demo_rows(index, task, config)) for task in tasks)
+        seeds = {task: _Seeds(task, demo_rows(index, task, config), config, horizon_steps) for task in tasks}
+        wanted = config.per_task * len(seeds)
+        kept = sum(own.successes for own in seeds.values())
         progress(kept, wanted)
-        backend.connect()
-        for task in tasks:
-            for success in _attempts(backend, backend.expert_action, log, index, task, config, horizon_steps, stopped):
-                kept += success
+
+        def pick(last: str) -> Job | None:
+            """For a worker that drove the task `last`: that again, for its scene is built, else the loneliest task."""
+            ready = [] if stopped() else [own for own in seeds.values() if own.ready()]
+            return min(ready, key=lambda own: (own.task != last, own.running)).take() if ready else None
+
+        workers = worker_count(config, spec, wanted - kept)
+        if workers == 1:
+            answers = attempts_here(backend, horizon_steps, pick, stopped)
+        else:
+            timeout_s = ATTEMPT_TIMEOUT_S + horizon_steps / spec.control_hz
+            answers = attempts_in_workers(make, workers, horizon_steps, timeout_s, pick, stopped)
+        with closing(answers):
+            for attempt in answers:
+                for demonstration in seeds[attempt.task].answered(attempt):
+                    _store(log, demonstration)
+                    kept += 1
                 progress(kept, wanted)
         return _summary(index, tasks, config)
     finally:
-        backend.close()
         log.close()
+
+
+def worker_count(config: DemosConfig, spec: BackendSpec, missing: int) -> int:
+    """How many workers collect `missing` demonstrations: 1 is this process itself."""
+    if config.workers is not None:
+        return max(1, min(config.workers, missing))
+    return 1 if spec.paced else max(1, min(usable_cores(), missing // DEMOS_PER_WORKER))
 
 
 def demo_rows(index: EpisodeIndex, task: str, config: DemosConfig) -> list[EpisodeRow]:
@@ -110,75 +134,60 @@ def demo_rows(index: EpisodeIndex, task: str, config: DemosConfig) -> list[Episo
     return [row for _, row in sorted({row.seed: row for row in reversed(rows)}.items())][: config.per_task]
 
 
-def _attempts(
-    backend: Backend,
-    expert: Callable[[], Float32],
-    log: EpisodeLog,
-    index: EpisodeIndex,
-    task: str,
-    config: DemosConfig,
-    horizon_steps: int,
-    stopped: Callable[[], bool],
-) -> Iterator[bool]:
-    """Attempts at one task until enough succeeded; yields after each whether it did. Successes are on disk by then."""
-    rows = demo_rows(index, task, config)
-    kept, wanted = len(rows), config.per_task
-    seed = rows[-1].seed + 1 if rows else config.first_seed
-    # Bounded by the seed, not by a count of attempts, so that stopping and resuming does not extend it.
-    last_seed = config.first_seed + ATTEMPTS_PER_DEMO * wanted
-    while kept < wanted and not stopped():
-        if seed >= last_seed:
-            raise DemosError(
-                f"{task}: the expert succeeded {kept} times in {ATTEMPTS_PER_DEMO * wanted} attempts of at most "
-                f"{horizon_steps} steps, {wanted} were wanted; ask for fewer (trainer.demos.per_task) or allow more "
-                "steps (bridge.horizon_steps)"
-            )
-        start = EpisodeStart(
-            format=FORMAT,
-            episode=uuid.uuid4().hex,
-            task=task,
-            instruction=backend.spec.instructions[task],
-            seed=seed,
-            source="expert",
-            explore=False,
-            client="demos",
-            spec=backend.spec,
-            started_unix_s=time.time(),
+class _Seeds:
+    """The seeds of one task: given out upwards, answered in any order, kept in their own.
+
+    A seed is given out only while all that run may succeed without making more than wanted. So each would also be
+    tried one after another, none is tried in vain, and which ones succeed decides alone which are kept.
+    """
+
+    def __init__(self, task: str, rows: Sequence[EpisodeRow], config: DemosConfig, horizon_steps: int) -> None:
+        self.task = task
+        self.running = 0
+        self.successes = len(rows)
+        """Also those that are not kept yet."""
+        self._wanted, self._horizon_steps = config.per_task, horizon_steps
+        self._next = self._first_open = rows[-1].seed + 1 if rows else config.first_seed
+        # Bounded by the seed, not by a count of attempts, so that stopping and resuming does not extend it.
+        self._end = config.first_seed + ATTEMPTS_PER_DEMO * config.per_task
+        self._waiting: dict[int, Attempt] = {}
+
+    def ready(self) -> bool:
+        """Whether a seed can be given out now. Raises `DemosError` if none is left and too few have succeeded."""
+        if self.successes + self.running >= self._wanted:
+            return False
+        if self._next < self._end:
+            return self._next < self._first_open + SEEDS_AHEAD
+        if self.running:
+            return False
+        tries = ATTEMPTS_PER_DEMO * self._wanted
+        raise DemosError(
+            f"{self.task}: the expert succeeded {self.successes} times in {tries} attempts of at most "
+            f"{self._horizon_steps} steps, {self._wanted} were wanted; ask for fewer (trainer.demos.per_task) or allow "
+            "more steps (bridge.horizon_steps)"
         )
-        records, end = _attempt(backend, expert, task, seed, horizon_steps)
-        if end is not None:
-            _store(log, start, records, end)
-            kept += 1
-        seed += 1
-        yield end is not None
+
+    def take(self) -> Job:
+        """Give out the next seed."""
+        self.running += 1
+        self._next += 1
+        return Job(self.task, self._next - 1)
+
+    def answered(self, attempt: Attempt) -> list[Demonstration]:
+        """Take an answer; returns what is to be kept now: successes with no open seed below them, in order."""
+        self.running -= 1
+        self.successes += attempt.demonstration is not None
+        self._waiting[attempt.seed] = attempt
+        keep = []
+        while self._first_open in self._waiting:
+            demonstration = self._waiting.pop(self._first_open).demonstration
+            self._first_open += 1
+            if demonstration is not None:
+                keep.append(demonstration)
+        return keep
 
 
-def _attempt(
-    backend: Backend, expert: Callable[[], Float32], task: str, seed: int, horizon_steps: int
-) -> tuple[list[Record], EndRecord | None]:
-    """One episode of the expert, a decision for every step; the end is None unless it succeeded."""
-    records: list[Record] = []
-    backend.reset(task, seed)
-    for step in range(horizon_steps):
-        tensors = observation_tensors(_owned(backend.observe()))
-        action = np.asarray(expert(), np.float32)
-        sent = np.array(backend.apply(action), np.float32)
-        outcome = backend.outcome()
-        tensors["actions"] = action[None].copy()
-        records.append(
-            DecisionRecord(decision=step + 1, step=step, version=EXPERT_VERSION, tensors=tensor_records(tensors))
-        )
-        executed = {"sent": sent[None], "reward": np.array([outcome.reward], np.float32)}
-        records.append(ExecutedRecord(decision=step + 1, tensors=tensor_records(executed)))
-        if outcome.status == "success":
-            final = tensor_records(observation_tensors(_owned(backend.observe())))
-            return records, EndRecord(status="success", steps=step + 1, reason="", tensors=final)
-        if outcome.status != "running":
-            break
-    return records, None
-
-
-def _store(log: EpisodeLog, start: EpisodeStart, records: list[Record], end: EndRecord) -> None:
+def _store(log: EpisodeLog, demonstration: Demonstration) -> None:
     """Log a whole episode and wait until it is on disk."""
     answered = threading.Event()
     answer: list[str | None] = []
@@ -187,25 +196,17 @@ def _store(log: EpisodeLog, start: EpisodeStart, records: list[Record], end: End
         answer.append(error)
         answered.set()
 
-    log.start(start)
-    for record in records:
-        log.append(start.episode, record)
-    log.end(start.episode, end, stored)
+    episode = demonstration.start.episode
+    log.start(demonstration.start)
+    for record in demonstration.records:
+        log.append(episode, record)
+    log.end(episode, demonstration.end, stored)
     if not answered.wait(STORE_TIMEOUT_S):
         raise DemosError(
             f"the episode log did not store a demonstration within {STORE_TIMEOUT_S:.0f} s; is the disk well?"
         )
     if answer[0] is not None:
         raise DemosError(f"a demonstration could not be stored: {answer[0]}")
-
-
-def _owned(observation: Observation) -> Observation:
-    """A copy: the log refers to the arrays until they are written, the backend may reuse its own."""
-    return Observation(
-        {name: image.copy() for name, image in observation.images.items()},
-        observation.state.copy(),
-        None if observation.privileged is None else observation.privileged.copy(),
-    )
 
 
 def _summary(index: EpisodeIndex, tasks: Sequence[str], config: DemosConfig) -> DemoSummary:

@@ -33,6 +33,7 @@ def evaluate(
     episodes_per_task: int,
     first_seed: int,
     horizon_steps: int,
+    variant: str = "",
     workers: int,
     worker_command: Callable[[int, str], list[str]],
     stopped: Callable[[], bool],
@@ -43,8 +44,9 @@ def evaluate(
 
     Workers are processes started by `worker_command(index, endpoint)`. Episodes already in the evaluation's log are not
     run again, so an interrupted evaluation goes on where it stopped. The result is also written to `result.json` there.
+    An evaluation under other conditions than usual needs the name of a `variant`, which gives it a log of its own.
     """
-    directory = run.evaluation(version)
+    directory = run.evaluation(version, variant)
     plan = [(task, first_seed + i) for i in range(episodes_per_task) for task in tasks]
     log = EpisodeLog(directory, keep_gb=1e6)
     try:

@@ -56,6 +56,7 @@ def losses(result: Update | None) -> dict[str, Any]:
         "kl": result.kl if result else 0.0,
         "kl_stop": result.kl_stop if result else False,
         "clip_fraction": result.clip_fraction if result else 0.0,
+        "effective_share": result.effective_share if result else 0.0,
         "policy_loss": result.policy_loss if result else 0.0,
         "cloning_loss": result.cloning_loss if result else 0.0,
         "grad_norm": result.grad_norm if result else 0.0,

@@ -6,12 +6,9 @@ trainer's metrics. Keys that the metrics lack are left out.
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
 import math
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -22,18 +19,18 @@ from msgspec import Struct
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
+from trainer.environment import load_environment, this_environment
 from trainer.report_plots import Line, Plot, Point
 from trainer.statistics import Comparison, Evaluation, Result, StatisticsError, compare, wilson
 
 FORMAT = 1
 MAX_POINTS = 300
-LIBRARIES = ("fieldtune", "torch", "onnxruntime", "numpy", "pyzmq", "msgspec", "metaworld", "mujoco", "gymnasium")
 # Series of the trainer's metrics: name, title, unit, keys with their labels, lower end, upper end, log scale.
 METRIC_PLOTS: tuple[tuple[str, str, str, dict[str, str], float | None, float | None, bool], ...] = (
     ("weight", "Weight of PPO against cloning", "w(t)", {"weight": ""}, 0.0, 1.0, False),
     ("buffer_steps", "Length of buffered demonstrations", "mean steps", {"buffer_steps": ""}, None, None, False),
     ("buffer_episodes", "Episodes in the buffer", "episodes", {"buffer_episodes": ""}, 0.0, None, False),
-    ("kl", "KL to the behaviour policy", "nats a decision", {"kl": ""}, 0.0, None, False),
+    ("kl", "KL of an update", "nats a decision", {"kl": ""}, 0.0, None, False),
     ("policy_loss", "PPO loss", "loss", {"policy_loss": ""}, None, None, False),
     ("cloning_loss", "Cloning loss", "negative log-prob an action", {"cloning_loss": ""}, None, None, False),
     ("value_loss", "Value loss", "squared error", {"value_loss": ""}, None, None, True),
@@ -81,9 +78,10 @@ class Report(Struct, frozen=True):
 
 def gather(run: RunDir, deployment: dict[str, Any], before: Evaluation, after: Evaluation) -> Report:
     """All figures of the report; `deployment` is the resolved configuration."""
-    rows = _training_rows(run)
-    metrics = _metrics(run.metrics)
+    rows = training_rows(run)
+    metrics = read_metrics(run.metrics)
     comparison, note = _comparison(before, after)
+    environment = load_environment(run) or this_environment()
     trainer = deployment.get("trainer", {})
     versions = {row.version: row.number for row in Registry(run.registry).list()} if run.registry.exists() else {}
     return Report(
@@ -102,8 +100,8 @@ def gather(run: RunDir, deployment: dict[str, Any], before: Evaluation, after: E
         episodes=len(rows),
         minutes=next((line["minutes"] for line in reversed(metrics) if _number(line.get("minutes"))), None),
         plots=[*_training_plots(rows, before, after), *_metric_plots(metrics)],
-        libraries={name: found for name in LIBRARIES if (found := _library(name))},
-        computer={"python": platform.python_version(), "system": platform.system(), "cores": str(os.cpu_count())},
+        libraries=environment.libraries,
+        computer=environment.computer,
         deployment=deployment,
     )
 
@@ -118,7 +116,7 @@ def rolling_mean(x: list[float], y: list[float], window: int) -> tuple[list[floa
     return [float(x[window - 1 + i]) for i in at], [float(means[i]) for i in at]
 
 
-def _training_rows(run: RunDir) -> list[EpisodeRow]:
+def training_rows(run: RunDir) -> list[EpisodeRow]:
     """Training episodes that ran to their end, in the order in which they were stored."""
     if not run.episodes.exists():
         return []
@@ -188,7 +186,7 @@ def _metric_plots(metrics: list[dict[str, Any]]) -> list[Plot]:
     return plots
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The trainer's lines; a torn last one is left out."""
     if not path.exists():
         return []
@@ -241,10 +239,3 @@ def _ends(interval: tuple[float, float] | None) -> dict[str, float | None]:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _library(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

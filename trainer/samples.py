@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,19 +62,6 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
         tokens=np.tile(row, (len(used), 1)),
         target=sent[window],
         mask=executed[window],
-    )
-
-
-def concatenate(parts: Sequence[CloningSamples]) -> CloningSamples:
-    """All samples of the parts, in order. Raises `ValueError` if there are no parts or their shapes differ."""
-    if not parts:
-        raise ValueError("there are no samples to concatenate")
-    return CloningSamples(
-        images={name: np.concatenate([part.images[name] for part in parts]) for name in parts[0].images},
-        state=np.concatenate([part.state for part in parts]),
-        tokens=np.concatenate([part.tokens for part in parts]),
-        target=np.concatenate([part.target for part in parts]),
-        mask=np.concatenate([part.mask for part in parts]),
     )
 
 

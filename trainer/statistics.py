@@ -22,6 +22,8 @@ from runtime.episode import End
 Interval = tuple[float, float]
 RESAMPLES = 4000
 RESAMPLING_SEED = 20_250
+# Student's t, quantile 0.975, for 1, 2, ... degrees of freedom.
+STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class StatisticsError(FieldtuneError):
@@ -149,12 +151,48 @@ def mean_interval(groups: Sequence[Sequence[float]], confidence: float = 0.95) -
     mean = float(sum(array.sum() for array in arrays) / n)
     if n < 2:
         return mean, None
-    rng = np.random.default_rng(RESAMPLING_SEED)
+    return mean, _middle(_resampled_means(arrays, RESAMPLING_SEED), confidence)
+
+
+def ratio_interval(
+    above: Sequence[Sequence[float]], below: Sequence[Sequence[float]], confidence: float = 0.95
+) -> Interval | None:
+    """Bootstrap interval of mean(above) / mean(below), each resampled within its groups; None where one has no value.
+
+    The two are resampled apart, so what they have in common is not used and the interval is on the wide side.
+    """
+    arrays = [[np.asarray(group, np.float64) for group in groups if len(group)] for groups in (above, below)]
+    if not all(arrays):
+        return None
+    means = [_resampled_means(groups, RESAMPLING_SEED + i) for i, groups in enumerate(arrays)]
+    return _middle(means[0] / means[1], confidence)
+
+
+def t_interval(values: Sequence[float]) -> Interval | None:
+    """Student's 95 % interval of the mean of a few independent values (seeds); None with fewer than two.
+
+    From eleven values on it uses the quantile for ten, which is a little too wide.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    array = np.asarray(values, np.float64)
+    half = STUDENT_975[min(n - 2, len(STUDENT_975) - 1)] * float(array.std(ddof=1)) / math.sqrt(n)
+    return float(array.mean()) - half, float(array.mean()) + half
+
+
+def _resampled_means(arrays: Sequence[NDArray[np.float64]], seed: int) -> NDArray[np.float64]:
+    """Means over all values of `RESAMPLES` draws with replacement within each array."""
+    rng = np.random.default_rng(seed)
     totals: NDArray[np.float64] = np.zeros(RESAMPLES)
     for array in arrays:
         totals += array[rng.integers(len(array), size=(RESAMPLES, len(array)))].sum(axis=1)
-    low, high = np.quantile(totals / n, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return mean, (float(low), float(high))
+    return totals / sum(len(array) for array in arrays)
+
+
+def _middle(values: NDArray[np.float64], confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def summarise(
@@ -190,8 +228,8 @@ def summarise(
         action=action,
         confidence=confidence,
         seeds=tuple(sorted({trial.seed for trial in ordered})),
-        tasks={task: _result([own], aborted[task], horizon_steps, confidence) for task, own in by_task.items()},
-        overall=_result(list(by_task.values()), sum(aborted.values()), horizon_steps, confidence),
+        tasks={task: result_of([own], aborted[task], horizon_steps, confidence) for task, own in by_task.items()},
+        overall=result_of(list(by_task.values()), sum(aborted.values()), horizon_steps, confidence),
         repeated=repeated,
         trials=ordered,
     )
@@ -239,7 +277,8 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
-def _result(groups: list[list[Trial]], aborted: int, horizon_steps: int, confidence: float) -> Result:
+def result_of(groups: list[list[Trial]], aborted: int, horizon_steps: int, confidence: float = 0.95) -> Result:
+    """Success and steps of these trials together; steps are resampled within each group."""
     trials = [trial for group in groups for trial in group]
     successes = sum(trial.success for trial in trials)
     steps, steps_interval = mean_interval([[t.steps for t in group if t.success] for group in groups], confidence)

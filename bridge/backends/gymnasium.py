@@ -52,7 +52,8 @@ class GymnasiumOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Key in `info` that is true once the task is done."""
     terminated: Literal["success", "failure"] = "failure"
     """What it means when the environment terminates and `success` does not say that the task is done."""
-    instruction: str = ""
+    instruction: str | tuple[str, ...] = ""
+    """What the policy is told: one text, or several wordings."""
     task: str | None = None
     """Name of the one task; the id if absent."""
     control_hz: Annotated[float, Meta(gt=0)] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import os
 import platform
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
+from bridge.backend import all_instructions, instruction_of
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
 from fieldtune.deployment import Deployment
@@ -28,11 +28,10 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
+from runtime.spawn import end, spawn
 from runtime.swap import Live
 
 PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
-# A fresh interpreter for each process: threads and sockets of this one do not go along.
-SPAWN = multiprocessing.get_context("spawn")
 START_S = 60.0
 STOP_S = 15.0
 
@@ -174,10 +173,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
     At the end the connection is closed, which is how the process knows, and the process is waited for.
     Raises `BenchError` if it sends nothing in time or does not end in time.
     """
-    here, there = SPAWN.Pipe()
-    child = SPAWN.Process(target=target, args=(there, *arguments), daemon=True)
-    child.start()
-    there.close()
+    child, here = spawn(target, *arguments)
     try:
         try:
             if not here.poll(START_S):
@@ -188,11 +184,7 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
         assert child.pid is not None
         yield child.pid, first
     finally:
-        here.close()
-        child.join(STOP_S)
-        if child.is_alive():
-            child.kill()
-            child.join()
+        end([(child, here)], STOP_S)
 
 
 def serve(
@@ -207,7 +199,7 @@ def serve(
     stop = stop_when_closed(connection)
     log = EpisodeLog(log_directory)
     try:
-        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0))
+        schedule = Training(tasks, 0, 1_000_000, np.random.default_rng(0), balance="equal")
         server = PolicyServer(
             endpoint,
             make_live(),
@@ -245,7 +237,7 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     torch.set_num_threads(1)
     run, config = RunDir(directory / "run"), deployment.trainer
     backend = make_backend(deployment.backend)
-    task, instruction = next(iter(backend.spec.instructions.items()))
+    task = next(iter(backend.spec.instructions))
     backend.connect()
     try:
         backend.reset(task, 0)
@@ -253,8 +245,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     finally:
         backend.stop()
         backend.close()
-    tokenizer = build_tokenizer(backend.spec.instructions.values(), config.vla.vocabulary, config.vla.max_tokens)
-    seen["tokens"] = encode(tokenizer, instruction, config.vla.max_tokens)
+    tokenizer = build_tokenizer(all_instructions(backend.spec), config.vla.vocabulary, config.vla.max_tokens)
+    seen["tokens"] = encode(tokenizer, instruction_of(backend.spec, task, 0), config.vla.max_tokens)
     probe = {name: np.stack([array, array]) for name, array in seen.items() if name != "privileged"}
     registry = Registry(run.registry)
     torch.manual_seed(0)

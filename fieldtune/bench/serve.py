@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Float32, VectorSpec
 from bridge.client import PolicyClient
-from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Executed, Infer, NextEpisode, encode
+from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Infer, NextEpisode, encode
 from fieldtune.bench import common
-from fieldtune.bench.common import SPAWN, BenchError, Goal, Result, milliseconds, process
+from fieldtune.bench.common import BenchError, Goal, Result, milliseconds, process
 from runtime.bundle import FORMAT, PolicySpec
+from runtime.spawn import SPAWN
 
 HORIZON = 8
 DECISIONS = 25  # in an episode: one block of requests
@@ -155,8 +156,9 @@ def _one_client(
     endpoints: tuple[str, str, str], blocks: int, together: Callable[[], object]
 ) -> tuple[list[float], ...]:
     tensors = observation()
-    frames = [bytes(frame) for frame in encode(Infer(session="0" * 32, episode="0" * 24, step=0), tensors)]
     sent = {"sent": np.zeros((HORIZON, len(SPEC.action.names)), np.float32), "reward": np.zeros(HORIZON, np.float32)}
+    both = {**tensors, **sent}
+    frames = [bytes(frame) for frame in encode(Infer(session="0" * 32, episode="0" * 24, step=0, executed=1), both)]
     times: tuple[list[float], ...] = ([], [], [])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with ExitStack() as stack:
@@ -173,12 +175,17 @@ def _one_client(
             assignment, _ = client.request(NextEpisode(session=session), Assignment)
             for i in range(DECISIONS):
                 asked_s = time.monotonic()
-                infer = Infer(session=session, episode=assignment.episode, step=i * HORIZON)
-                chunk, _ = client.request(infer, Chunk, tensors)
+                infer = Infer(session=session, episode=assignment.episode, step=i * HORIZON, executed=i)
+                client.request(infer, Chunk, both if i else tensors)
                 kept[0].append(time.monotonic() - asked_s)
-                client.notify(Executed(session=session, episode=assignment.episode, decision=chunk.decision), sent)
-            end = EndEpisode(session=session, episode=assignment.episode, status="timeout", steps=DECISIONS * HORIZON)
-            client.request(end, EpisodeStored, tensors)
+            end = EndEpisode(
+                session=session,
+                episode=assignment.episode,
+                status="timeout",
+                steps=DECISIONS * HORIZON,
+                executed=DECISIONS,
+            )
+            client.request(end, EpisodeStored, both)
             for socket, side in zip(bare, kept[1:], strict=True):
                 together()
                 for _ in range(DECISIONS):

@@ -27,16 +27,16 @@ from bridge.messages import (
     Chunk,
     EndEpisode,
     EpisodeStored,
-    Executed,
     Infer,
     NextEpisode,
     Serving,
     expected_tensors,
 )
 from fieldtune.bench import common
-from fieldtune.bench.common import SPAWN, BenchError, Goal, Result, live_of, milliseconds, process, untrained_run
+from fieldtune.bench.common import BenchError, Goal, Result, live_of, milliseconds, process, untrained_run
 from fieldtune.deployment import Deployment
 from runtime.bundle import read_bundle
+from runtime.spawn import SPAWN
 
 CLIENTS = 4
 RATE_HZ = 25.0  # decisions of one client: a robot at 200 Hz with chunks of 8
@@ -89,6 +89,7 @@ def _ask(
 ) -> None:
     tensors: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (dtype, shape) in expected_tensors(spec).items()}
     sent = {"sent": np.zeros((horizon, len(spec.action.names)), np.float32), "reward": np.zeros(horizon, np.float32)}
+    both = {**tensors, **sent}
     pacer = Pacer(1 / RATE_HZ)
     with PolicyClient(endpoint, client="bench", timeout_s=TIMEOUT_S) as client:
         session = client.hello(spec).session
@@ -97,13 +98,18 @@ def _ask(
             assignment, _ = client.request(NextEpisode(session=session), Assignment)
             for i in range(DECISIONS):
                 start_s = time.monotonic()
-                infer = Infer(session=session, episode=assignment.episode, step=i * horizon)
-                chunk, _ = client.request(infer, Chunk, tensors)
+                infer = Infer(session=session, episode=assignment.episode, step=i * horizon, executed=i)
+                chunk, _ = client.request(infer, Chunk, both if i else tensors)
                 asked.append((start_s, time.monotonic(), chunk.version))
-                client.notify(Executed(session=session, episode=assignment.episode, decision=chunk.decision), sent)
                 pacer.wait()
-            end = EndEpisode(session=session, episode=assignment.episode, status="timeout", steps=DECISIONS * horizon)
-            client.request(end, EpisodeStored, tensors)
+            end = EndEpisode(
+                session=session,
+                episode=assignment.episode,
+                status="timeout",
+                steps=DECISIONS * horizon,
+                executed=DECISIONS,
+            )
+            client.request(end, EpisodeStored, both)
 
 
 def bench_swap(deployment: Deployment, directory: Path, *, quick: bool = False) -> Result:

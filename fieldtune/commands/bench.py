@@ -30,9 +30,9 @@ def bench(
 ) -> int:
     """Measure this computer against fieldtune's goals: each figure and what it is compared with in one run.
 
-    serve: the server against a bare ZeroMQ echo. rollout: the loop against direct calls. swap: waits while weights
-    change. log: the record of a decision. Nothing else should run meanwhile. A goal that is missed is shown, and is no
-    failure of the command.
+    serve: the server against a bare ZeroMQ echo. rollout: the loop against direct calls, and where its time goes.
+    swap: waits while weights change. log: the record of a decision. Nothing else should run meanwhile. A goal that is
+    missed is shown, and is no failure of the command.
 
     Examples:
       fieldtune bench all
@@ -44,10 +44,10 @@ def bench(
         quick: only a few requests each, to see that it works; the figures mean nothing
     """
     computer = machine()
-    results = []
+    results: list[Result] = []
     for name in ("serve", "rollout", "swap", "log") if what == "all" else (what,):
         with err.status(f"measuring {name}"):
-            results.append(measure(name, config, overrides, directory, quick))
+            results.extend(measure(name, config, overrides, directory, quick))
     if as_json:
         print_json({"machine": computer, "quick": quick, "results": [result.plain() for result in results]})
         return 0
@@ -59,16 +59,16 @@ def bench(
     return 0
 
 
-def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path, quick: bool) -> Result:
+def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path, quick: bool) -> tuple[Result, ...]:
     """Run one benchmark; only what it needs is imported."""
     if name == "serve":
         from fieldtune.bench.serve import bench_serve
 
-        return bench_serve(directory, quick=quick)
+        return (bench_serve(directory, quick=quick),)
     if name == "log":
         from fieldtune.bench.log import bench_log
 
-        return bench_log(directory, quick=quick)
+        return (bench_log(directory, quick=quick),)
     deployment = load_deployment(config, overrides)
     if name == "rollout":
         from fieldtune.bench.rollout import bench_rollout
@@ -76,7 +76,7 @@ def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path,
         return bench_rollout(deployment, directory, quick=quick)
     from fieldtune.bench.swap import bench_swap
 
-    return bench_swap(deployment, directory, quick=quick)
+    return (bench_swap(deployment, directory, quick=quick),)
 
 
 def show(result: Result) -> None:

@@ -1,4 +1,4 @@
-"""`fieldtune bundle make|inspect|verify`."""
+"""`fieldtune bundle list|make|inspect|verify`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,26 @@ from typing import Annotated
 import msgspec
 import tyro
 
-from fieldtune.commands.common import Json, out, print_json
-from runtime.bundle import Bundle, read_bundle
+from fieldtune.commands.common import BundleName, Json, list_table, out, print_json
+from fieldtune.deployment import find_bundle, shipped_bundles
+from runtime.bundle import Bundle, PolicySpec, read_bundle
 
-Directory = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")]
+
+def list_bundles(*, as_json: Json = False) -> int:
+    """List the policies that ship with fieldtune; their names are taken wherever a bundle is asked for.
+
+    Examples:
+      fieldtune bundle list
+    """
+    rows = {name: (read_bundle(path), _size_mb(path)) for name, path in shipped_bundles().items()}
+    if as_json:
+        print_json({"bundles": [{"name": name, "size_mb": mb, **_summary(read)} for name, (read, mb) in rows.items()]})
+        return 0
+    table = list_table("name", "version", "sees", "made by", "MB")
+    for name, (read, mb) in rows.items():
+        table.add_row(name, read.version[:12], _cameras(read.spec), str(read.spec.made.get("command", "")), f"{mb:.1f}")
+    out.print(table)
+    return 0
 
 
 def make(
@@ -46,23 +62,20 @@ def make(
     return 0
 
 
-def inspect(bundle: Directory, /, *, as_json: Json = False) -> int:
+def inspect(bundle: BundleName, /, *, as_json: Json = False) -> int:
     """Show what the policy in a bundle sees and gives, and where it comes from.
 
     Examples:
       fieldtune bundle inspect runs/quickstart/policies/3fa9...
-
-    Args:
-        bundle: directory of the bundle
     """
-    read = read_bundle(bundle)
+    read = read_bundle(find_bundle(bundle))
     if as_json:
         print_json(_summary(read))
         return 0
     spec = read.spec
     out.print(f"version   {read.version}")
     out.print(f"name      {spec.name}, parent {spec.parent[:12] or '-'}")
-    out.print(f"sees      {', '.join(f'{c.name} {c.height}x{c.width}' for c in spec.cameras) or 'no camera'}")
+    out.print(f"sees      {_cameras(spec)}")
     out.print(f"          state {', '.join(map(' '.join, zip(spec.state.names, spec.state.units, strict=True)))}")
     out.print(f"          instruction of at most {spec.tokens} tokens" if spec.tokens else "          no instruction")
     action = spec.action
@@ -75,23 +88,28 @@ def inspect(bundle: Directory, /, *, as_json: Json = False) -> int:
     return 0
 
 
-def verify(bundle: Directory, /, *, as_json: Json = False) -> int:
+def verify(bundle: BundleName, /, *, as_json: Json = False) -> int:
     """Check a bundle as the runtime does before it serves it: parts, hash, weights, shapes, probe replay.
 
     Examples:
       fieldtune bundle verify runs/quickstart/policies/3fa9...
-
-    Args:
-        bundle: directory of the bundle
     """
     from runtime.policy import Policy
 
-    policy = Policy.load(bundle)
+    policy = Policy.load(find_bundle(bundle))
     if as_json:
         print_json({"version": policy.version, "good": True})
     else:
         out.print(f"{policy.version} is good: hash, weights, shapes and probe agree")
     return 0
+
+
+def _cameras(spec: PolicySpec) -> str:
+    return ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in spec.cameras) or "no camera"
+
+
+def _size_mb(path: Path) -> float:
+    return sum(part.stat().st_size for part in path.iterdir()) / 1e6
 
 
 def _summary(read: Bundle) -> dict[str, object]:

@@ -25,6 +25,10 @@ Config = Annotated[
     tyro.conf.Positional[str],
     tyro.conf.arg(metavar="CONFIG", help="a YAML file, or the name of a shipped configuration"),
 ]
+BundleName = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(metavar="BUNDLE", help="directory of a bundle, or the name of a shipped policy"),
+]
 Set = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(

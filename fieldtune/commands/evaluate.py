@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 from rich.table import Table
 
 from bridge.backends import make_backend
 from fieldtune.commands.common import Config, Json, Set, out, print_json, progress_bar, run_dir, warn
 from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.install import find_version
 from runtime.registry import Registry
 from runtime.supervisor import stop_on_signals
 from trainer.evaluate import evaluate as run_evaluation
 from trainer.statistics import Evaluation
+
+HELD_OUT = "held_out"
 
 
 def evaluate(
@@ -23,29 +27,36 @@ def evaluate(
     overrides: Set = (),
     policy: str | None = None,
     episodes: int | None = None,
+    instructions: Literal["training", "held_out"] | None = None,
     as_json: Json = False,
 ) -> int:
-    """Evaluate one version of a run: mean action, goals from seeds that training never sees, Wilson 95 % intervals.
+    """Evaluate one policy: mean action, goals from seeds that training never sees, Wilson 95 % intervals.
 
     It starts a server and workers of its own, so a running deployment is not disturbed. An interrupted evaluation goes
-    on where it stopped.
+    on where it stopped. A policy that is not of this run becomes one of its versions, which is not live.
 
     Examples:
       fieldtune eval quickstart
       fieldtune eval quickstart --policy 3fa9 --episodes 100
+      fieldtune eval my_arm.yaml --policy ../other/policies/3fa9...
+      fieldtune eval quickstart --instructions held_out
 
     Args:
-        policy: version id or a unique prefix of it; the live version if not given
+        policy: version id or a unique prefix of it, name of a shipped policy, or directory of a bundle; the live
+            version if not given
         episodes: episodes per task, if not as configured
+        instructions: wordings that the policy is told, for a backend that has the option `instructions`; `held_out`
+            are those it was not trained on, with a log and a result of their own
     """
+    if instructions is not None:
+        overrides = (*overrides, f"backend.options.instructions={instructions}")
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
-    registry = Registry(run_dir(deployment).registry)
-    wanted = policy or registry.live()
+    wanted = policy or Registry(run_dir(deployment).registry).live()
     if wanted is None:
         sys.stderr.write(f"fieldtune: run {deployment.name} has no version yet; run `fieldtune sft {config}` first\n")
         return 1
-    version = registry.get(wanted).version
+    version = find_version(deployment, wanted)
     result = evaluate_version(deployment, config, overrides, version, stop.is_set, quiet=as_json, episodes=episodes)
     if result is None:
         return 1
@@ -69,7 +80,8 @@ def evaluate_version(
 ) -> Evaluation | None:
     """Evaluate with a progress bar; None if stopped before the end."""
     settings = deployment.trainer.evaluate
-    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    tasks = deployment.trainer.trained(make_backend(deployment.backend).spec)
+    held_out = deployment.backend.options.get("instructions") == HELD_OUT
     with progress_bar(f"{title} {version[:8]}", quiet=quiet) as advance:
         return run_evaluation(
             run_dir(deployment),
@@ -78,6 +90,7 @@ def evaluate_version(
             episodes_per_task=episodes or settings.episodes_per_task,
             first_seed=settings.first_seed,
             horizon_steps=deployment.bridge.horizon_steps,
+            variant=HELD_OUT if held_out else "",
             workers=deployment.bridge.workers,
             worker_command=lambda i, endpoint: drive_command(
                 config, (*overrides, "bridge.keys=null", f"bridge.endpoint={endpoint}"), f"eval-{i}"

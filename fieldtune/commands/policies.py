@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from bridge.backends import make_backend
 from bridge.client import SilentError
 from bridge.messages import Announce, Rollback, Serving
-from fieldtune.commands.common import Config, Json, Set, connect, list_table, out, print_json, run_dir
-from fieldtune.deployment import load_deployment
-from runtime.bundle import install_bundle
-from runtime.policy import Policy, compare_specs
+from fieldtune.commands.common import BundleName, Config, Json, Set, connect, list_table, out, print_json, run_dir
+from fieldtune.deployment import find_bundle, load_deployment
+from fieldtune.install import install
 from runtime.registry import Registry, VersionRow
 from runtime.swap import Live
 
 Version = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VERSION", help="a version id or a unique prefix")]
-BundlePath = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE", help="directory of the bundle")]
 
 
 def list_policies(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
@@ -72,7 +68,7 @@ def show_policy(config: Config, version: Version, /, *, overrides: Set = (), as_
     return 0
 
 
-def add(config: Config, bundle: BundlePath, /, *, overrides: Set = (), as_json: Json = False) -> int:
+def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Check a bundle, put it into the run and make it live: the first version of a run, or the next one.
 
     A running runtime swaps to it at once. Without a runtime the version is made live for the next start.
@@ -81,21 +77,17 @@ def add(config: Config, bundle: BundlePath, /, *, overrides: Set = (), as_json: 
       fieldtune policies add my_arm.yaml policies/3fa9...
     """
     deployment = load_deployment(config, overrides)
-    run = run_dir(deployment)
-    registry = Registry(run.registry)
+    registry = Registry(run_dir(deployment).registry)
+    path = find_bundle(bundle)
     try:
         if registry.live() is None:
             raise SilentError("a run without a version has no runtime")
         with connect(deployment, "policies", timeout_s=10.0) as client:
-            reply, _ = client.request(Announce(path=str(bundle.resolve())), Serving)
+            reply, _ = client.request(Announce(path=str(path.resolve())), Serving)
         version, where = reply.version, "the running runtime"
     except SilentError:
-        policy = Policy.load(bundle)
-        compare_specs(policy.spec, make_backend(deployment.backend).spec)
-        install_bundle(bundle, run.policies)
-        registry.add(policy.version, parent=policy.spec.parent, made=policy.spec.made)
-        registry.set_live(policy.version, why="added by hand")
-        version, where = policy.version, "the next start"
+        version, where = install(deployment, path, bundle), "the next start"
+        registry.set_live(version, why="added by hand")
     if as_json:
         print_json({"version": version})
     else:

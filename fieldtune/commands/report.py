@@ -4,35 +4,80 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+import tyro
+from msgspec.structs import replace
 
-from fieldtune.commands.common import Config, Json, Set, out, print_json, run_dir
+from bridge.config import ConfigError
+from fieldtune.commands.common import Json, Set, out, print_json, progress_bar, run_dir
 from fieldtune.deployment import Deployment, load_deployment
 from runtime.registry import Registry
+from runtime.rundir import RunDir
 from trainer.evaluate import load_evaluation
 from trainer.report import write_report
 from trainer.statistics import Evaluation
 
+Runs = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="RUN ...", help="configurations, or directories of runs such as runs/NAME"),
+]
 
-def report(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
+
+def report(runs: Runs, /, *, overrides: Set = (), results: Path | None = None, as_json: Json = False) -> int:
     """Write report.html and report.json of a run from its own log: before and after, plots, hashes.
 
     The first version and the live version must have been evaluated (`fieldtune up` and `fieldtune eval` do that).
+    With --results several runs (seeds, sets of demonstrations) become one page: means over seeds with intervals, SFT,
+    post-trained and scripted expert on the same goals, what it cost. Runs that are not finished are shown as they are.
 
     Examples:
       fieldtune report quickstart
+      fieldtune report runs/mt10-seed0 runs/mt10-seed1 runs/mt10-seed2 --results docs/results.md
+
+    Args:
+        results: write this Markdown page instead, with pictures in `pictures/` beside it
     """
-    deployment = load_deployment(config, overrides)
+    if not runs:
+        raise ConfigError("no run was named; expected configurations or directories of runs")
+    deployments = [find_run(name, overrides) for name in runs]
+    if results is not None:
+        page = make_results(deployments, results, quiet=as_json)
+        if as_json:
+            print_json({"results": str(page)})
+        else:
+            out.print(f"results: {page}")
+        return 0
+    codes = [single(name, deployment, as_json) for name, deployment in zip(runs, deployments, strict=True)]
+    return max(codes)
+
+
+def find_run(name: str, overrides: tuple[str, ...]) -> Deployment:
+    """The deployment of a run: from its directory, or of a configuration."""
+    path = Path(name)
+    if not path.is_dir():
+        return load_deployment(name, overrides)
+    if overrides:
+        raise ConfigError(f"{name} is a run, whose configuration is settled; --set is for configurations")
+    config = RunDir(path).config
+    if not config.exists():
+        raise ConfigError(f"{name} is not a run: it has no {config.name}")
+    deployment = msgspec.json.decode(config.read_bytes(), type=Deployment)
+    path = path.resolve()
+    return replace(deployment, name=path.name, runs=str(path.parent))  # it may have been moved since
+
+
+def single(name: str, deployment: Deployment, as_json: bool) -> int:
+    """The report of one run."""
     run = run_dir(deployment)
-    versions = Registry(run.registry).list()
+    versions = Registry(run.registry).served()
     ends = [versions[0].version, next(row.version for row in versions if row.live)] if versions else []
     evaluations = [load_evaluation(run, version) for version in ends]
     missing = [version for version, found in zip(ends, evaluations, strict=True) if found is None]
     if not ends or missing:
         what = f"version {missing[0][:12]} was not evaluated" if missing else "the run has no version"
-        hint = f"fieldtune eval {config} --policy {missing[0][:12]}" if missing else f"fieldtune up {config}"
+        hint = f"fieldtune eval {name} --policy {missing[0][:12]}" if missing else f"fieldtune up {name}"
         sys.stderr.write(f"fieldtune: {what}; run `{hint}` first\n")
         return 1
     before, after = (found for found in evaluations if found is not None)
@@ -49,3 +94,22 @@ def make_report(deployment: Deployment, before: Evaluation, after: Evaluation) -
     run = run_dir(deployment)
     page = write_report(run, msgspec.to_builtins(deployment), before, after)
     return page, msgspec.json.decode((run.path / "report.json").read_bytes())
+
+
+def make_results(deployments: list[Deployment], page: Path, *, quiet: bool) -> Path:
+    """Write the page of several runs, after the expert has tried their goals where it has not yet."""
+    from trainer.expert import bound_of, evaluate_expert
+    from trainer.results import write_results
+    from trainer.results_data import Contestant, read_run
+
+    contestants = []
+    for deployment in deployments:
+        run = run_dir(deployment)
+        found = read_run(run.path)
+        expert = bound = None
+        if found.goals:
+            with progress_bar(f"expert on the goals of {found.name}", quiet=quiet) as advance:
+                expert = evaluate_expert(run, deployment.backend, found.goals, deployment.bridge.horizon_steps, advance)
+            bound = bound_of(run, deployment.backend, found.goals)
+        contestants.append(Contestant(found, expert, bound))
+    return write_results(contestants, page)

@@ -9,7 +9,7 @@ from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Set, run_dir, warn
 from fieldtune.deployment import load_deployment
 from runtime.episodes import EpisodeLog
-from runtime.schedule import Training
+from runtime.schedule import WINDOW_EPISODES, Training
 from runtime.server import PolicyServer
 from runtime.supervisor import stop_on_signals
 from runtime.swap import Live
@@ -32,14 +32,21 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     stop = stop_on_signals()
     run = run_dir(deployment)
     settings = deployment.runtime
-    tasks = deployment.trainer.tasks or tuple(make_backend(deployment.backend).spec.instructions)
+    tasks = deployment.trainer.post_trained(make_backend(deployment.backend).spec)
     live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
     log = EpisodeLog(run.episodes, queue_mb=settings.log.queue_mb, keep_gb=settings.log.keep_gb)
     try:
         # Seeds go on from where the log stands, so that a restart does not repeat them.
         rng = np.random.default_rng([deployment.seed, log.index.count()])
         trainer = deployment.trainer
-        schedule = Training(tasks, trainer.train_first_seed, trainer.train_seeds, rng)
+        schedule = Training(
+            tasks,
+            trainer.train_first_seed,
+            trainer.train_seeds,
+            rng,
+            balance=settings.balance,
+            recent={task: log.index.recent_successes(task, WINDOW_EPISODES) for task in tasks},
+        )
         server = PolicyServer(
             resolve_endpoint(settings.serve.endpoint, deployment.run_dir),
             live,

@@ -15,6 +15,7 @@ from fieldtune.deployment import Deployment, load_deployment
 from runtime.status import Status
 
 RECENT = 50  # episodes that success and steps to success on the screen are taken over
+SHARES_SHOWN = 3  # at either end
 
 
 def status(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
@@ -75,6 +76,8 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
     table.add_row(
         "episodes", f"{ended} ended, {aborted} aborted, {now.episodes_per_min:.0f} / min, {now.sessions} bridges"
     )
+    if len(now.shares) > 1:
+        table.add_row("shares", _shares(now.shares))
     if trainer:
         table.add_row("learning", f"iteration {trainer['iteration']}, {trainer['env_steps']:,} steps")
         table.add_row(
@@ -92,3 +95,10 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
     if now.refused:
         table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
     return table
+
+
+def _shares(shares: dict[str, float]) -> str:
+    """The tasks with the largest and the smallest share of the episodes."""
+    rows = [f"{task} {share:.3f}" for task, share in sorted(shares.items(), key=lambda item: -item[1])]
+    shown = rows if len(rows) <= 2 * SHARES_SHOWN else [*rows[:SHARES_SHOWN], "...", *rows[-SHARES_SHOWN:]]
+    return ", ".join(shown)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bridge.backends import make_backend
 from bridge.client import SilentError
+from bridge.config import ConfigError
 from bridge.messages import Announce, Serving
 from fieldtune.commands.common import Config, Json, Set, connect, err, out, print_json, progress_bar, run_dir, warn
-from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from runtime.supervisor import stop_on_signals
 
 ANNOUNCE_TRIES = 6
@@ -19,7 +21,8 @@ ANNOUNCE_TIMEOUT_S = 10.0
 def demos(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Collect scripted demonstrations of every task until there are `trainer.demos.per_task` successes of each.
 
-    What is there already counts, so the command goes on where it stopped.
+    What is there already counts, so the command goes on where it stopped. Several processes share the work
+    (`trainer.demos.workers`); which demonstrations come out does not depend on how many.
 
     Examples:
       fieldtune demos quickstart
@@ -31,7 +34,7 @@ def demos(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> i
     stop = stop_on_signals()
     with progress_bar("demonstrations", quiet=as_json) as advance:
         summary = collect_demos(
-            make_backend(deployment.backend),
+            partial(make_backend, deployment.backend),
             run_dir(deployment).demos,
             deployment.trainer.demos,
             deployment.trainer.tasks,
@@ -55,6 +58,7 @@ def sft(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int
     from trainer.sft import run_sft
 
     deployment = load_deployment(config, overrides)
+    refuse_policy(deployment)
     stop = stop_on_signals()
     with progress_bar("fine-tuning", quiet=as_json) as advance:
         version = run_sft(
@@ -64,6 +68,7 @@ def sft(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int
             deployment.seed,
             progress=advance,
             stopped=stop.is_set,
+            start=find_bundle(deployment.trainer.start) if deployment.trainer.start else None,
         )
     if version is None:
         return 1
@@ -72,6 +77,15 @@ def sft(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int
     else:
         out.print(f"version {version}")
     return 0
+
+
+def refuse_policy(deployment: Deployment) -> None:
+    """Raise `ConfigError` where the configuration says that there is no supervised fine-tuning."""
+    if deployment.trainer.policy is not None:
+        raise ConfigError(
+            f"$.trainer.policy: the run starts from {deployment.trainer.policy} as it is, so nothing is fine-tuned on "
+            "demonstrations; to do that, give it as trainer.start instead"
+        )
 
 
 def train(config: Config, /, *, overrides: Set = ()) -> int:

@@ -18,11 +18,13 @@ from fieldtune.commands.common import Config, Json, Set, err, out, print_json, r
 from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
 from fieldtune.commands.report import make_report
 from fieldtune.commands.status import last_metrics, runtime_status, status_table
-from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.deployment import Deployment, find_bundle, load_deployment
+from fieldtune.install import install_to_train
 from runtime.durable import write_atomic
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import Child, ChildFailedError, stop_on_signals
+from trainer.environment import this_environment
 from trainer.statistics import Evaluation
 
 RUNTIME_START_S = 60.0
@@ -86,7 +88,7 @@ def up(
     started_s = time.monotonic()
     if not prepare(this):
         return stopped(this)
-    first = Registry(this.run.registry).list()[0].version
+    first = Registry(this.run.registry).served()[0].version
     before = evaluate_version_of(this, first, "before") if evaluation else None
     if this.stop.is_set():
         return stopped(this)
@@ -118,8 +120,8 @@ def stopped(this: Up) -> int:
 
 
 def remember_config(run: RunDir, deployment: Deployment) -> None:
-    """Write the resolved configuration into the run; refuse one whose policy could not go on from what is there."""
-    path = run.path / "config.json"
+    """Note configuration and computer in the run; refuse a configuration whose policy could not go on from there."""
+    path = run.config
     if path.exists():
         earlier = msgspec.json.decode(path.read_bytes(), type=Deployment)
         for name, old, new in [
@@ -133,18 +135,26 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
                 )
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(deployment)))
+    write_atomic(run.environment, msgspec.json.format(msgspec.json.encode(this_environment())))
 
 
 def prepare(this: Up) -> bool:
-    """Demonstrations and fine-tuning, unless a version is live already; False if stopped."""
-    if Registry(this.run.registry).live() is not None:
+    """Demonstrations and the first version, unless one is live already; False if stopped."""
+    registry, trainer = Registry(this.run.registry), this.deployment.trainer
+    if registry.live() is not None:
+        require_started_from(registry, trainer.policy)
         return True
-    if not isinstance(make_backend(this.deployment.backend), HasExpert):
+    has_expert = isinstance(make_backend(this.deployment.backend), HasExpert)
+    if not has_expert and trainer.policy is None:
         raise ConfigError(
             f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
             f"put one there first: fieldtune policies add {this.config} BUNDLE"
         )
-    for command in ("demos", "sft"):
+    # Mistakes show before the demonstrations, which may take hours.
+    given = install_to_train(this.deployment, trainer.policy) if trainer.policy is not None else None
+    if given is None and trainer.start is not None:
+        find_bundle(trainer.start)
+    for command in (["demos"] if has_expert else []) + (["sft"] if given is None else []):
         # Their progress bars are the user's; so their output is not sent to a log.
         child = Child(command, fieldtune_command(command, this.config, this.overrides), None)
         child.start()
@@ -153,7 +163,19 @@ def prepare(this: Up) -> bool:
             return False
         if code != 0:
             raise ChildFailedError(f"fieldtune {command} failed with exit code {code}; its message is above")
+    if given is not None:
+        registry.set_live(given, why="trainer.policy")
     return True
+
+
+def require_started_from(registry: Registry, policy: str | None) -> None:
+    """Raise `ConfigError` if the run was to start from `policy` and has started from something else."""
+    first = registry.served()[0]
+    if policy is not None and first.made.get("from") != policy:
+        raise ConfigError(
+            f"$.trainer.policy: is {policy}, but the run has started from another version ({first.version[:12]}); "
+            "choose another `name`, or --fresh"
+        )
 
 
 def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None:

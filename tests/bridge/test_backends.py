@@ -3,12 +3,13 @@
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.backend import Backend, BackendError, BackendSpec, HasExpert
+from bridge.backend import Backend, BackendError, BackendSpec, HasExpert, all_instructions, instruction_of
 from bridge.backends import BACKENDS, make_backend
 from bridge.backends.point import MIN_START_DISTANCE, RADIUS, STEP, Point, PointOptions
 from bridge.config import BackendConfig, ConfigError
@@ -47,6 +48,31 @@ def test_names_of_shipped_backends():
     assert isinstance(backend, Backend)
     assert isinstance(backend, HasExpert)
     assert backend.spec.cameras[0].height == 48
+
+
+SPEC = Point(PointOptions()).spec
+
+
+def test_each_task_has_one_wording_or_several_and_an_episode_gets_that_of_its_seed():
+    spec = msgspec.structs.replace(SPEC, instructions={"a": "go", "b": ("one", "two", "three"), "c": [""]})
+    assert spec.instructions == {"a": ("go",), "b": ("one", "two", "three"), "c": ("",)}
+    assert [instruction_of(spec, "b", seed) for seed in range(4)] == ["one", "two", "three", "one"]
+    assert {instruction_of(spec, "a", seed) for seed in range(4)} == {"go"}
+    assert all_instructions(spec) == ["go", "one", "two", "three", ""]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=BackendSpec) == spec
+
+
+def test_a_spec_with_plain_texts_can_be_read():
+    written = {**msgspec.to_builtins(SPEC), "instructions": {"a": "go"}}
+    assert msgspec.convert(written, BackendSpec).instructions == {"a": ("go",)}
+
+
+@pytest.mark.parametrize("given", [(), [], 5, None, ("go", 5), {"go": 1}])
+def test_a_task_without_a_text_is_refused_and_named(given):
+    with pytest.raises(ValueError, match=r"instructions\['b'\] must be a text"):
+        msgspec.structs.replace(SPEC, instructions={"a": "go", "b": given})
+    with pytest.raises(msgspec.ValidationError, match="instructions"):
+        msgspec.convert({**msgspec.to_builtins(SPEC), "instructions": {"a": "go", "b": given}}, BackendSpec)
 
 
 def test_unknown_name_is_refused_with_the_nearest():

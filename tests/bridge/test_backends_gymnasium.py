@@ -78,7 +78,7 @@ def test_pendulum_is_state_only_and_times_out():
     spec = backend.spec
     assert (spec.cameras, len(spec.state.names), spec.action.low, spec.action.high) == ((), 3, (-2.0,), (2.0,))
     assert spec.control_hz == 30.0
-    assert spec.instructions == {"Pendulum-v1": ""}
+    assert spec.instructions == {"Pendulum-v1": ("",)}
     backend.reset("Pendulum-v1", 3)
     first = backend.observe()
     check_observation(observation_tensors(first), spec)
@@ -112,7 +112,7 @@ def test_dict_observation_and_cameras():
     assert spec.state.names == ("force_0", "joints_0", "joints_1")
     assert [(c.name, c.height, c.width) for c in spec.cameras] == [("front", 16, 16), ("wrist", 10, 10)]
     assert spec.control_hz == 12.0
-    assert spec.instructions == {"drawing": "draw"}
+    assert spec.instructions == {"drawing": ("draw",)}
     np.testing.assert_array_equal(backend.hold_action(), [0.0, 1.0])
     backend.reset("drawing", 0)
     backend.apply(np.array([0.0, 0.0], np.float32))

@@ -16,11 +16,9 @@ from bridge.keys import make_keys, secure_server
 from bridge.messages import (
     Announce,
     Chunk,
-    Executed,
     GetStatus,
     Infer,
     Message,
-    NextEpisode,
     Refused,
     StatusReply,
     Welcome,
@@ -124,7 +122,7 @@ def test_an_array_may_be_overwritten_as_soon_as_it_is_sent(start: Start) -> None
         client.request(GetStatus(), StatusReply)
         for value in range(20):
             image[:] = value
-            client.notify(GetStatus(), {"image": image})
+            client.post(GetStatus(), {"image": image})
         image[:] = 255
         client.request(GetStatus(), StatusReply)
     for value, frames in enumerate(runtime.raw[1:21]):
@@ -212,19 +210,6 @@ def test_a_refusal_is_raised_with_its_field(start: Start) -> None:
     assert caught.value.refused.code == "bundle"
 
 
-def test_a_refused_notification_is_raised_by_the_next_request(start: Start) -> None:
-    def script(message: Message, arrays: dict[str, Any]) -> Answer:
-        if isinstance(message, Executed):
-            return [(Refused(request=message.request, code="malformed", field="tensors.sent", message="shape"), None)]
-        return [(status(message), None)]
-
-    runtime = start(script)
-    with PolicyClient(runtime.endpoint, client="t", timeout_s=ENOUGH_S) as client:
-        client.notify(Executed(session="s", episode="e", decision=1))
-        with pytest.raises(RefusedError, match=r"tensors\.sent"):
-            client.request(NextEpisode(session="s"), StatusReply)
-
-
 def test_a_message_that_the_runtime_could_not_read_has_no_id_and_is_raised(start: Start) -> None:
     runtime = start(lambda message, arrays: [(Refused(code="malformed", field="header", message="bad"), None)])
     with (
@@ -256,11 +241,11 @@ def test_request_ids_only_grow(start: Start) -> None:
     with PolicyClient(runtime.endpoint, client="t", timeout_s=ENOUGH_S) as client:
         for _ in range(3):
             client.hello()
-            client.notify(GetStatus())
+            client.post(GetStatus())
             with pytest.raises(WireError):
                 client.request(GetStatus(), StatusReply)
     ids = [message.request for message in runtime.received]
-    # Those of one connection arrive in order; a notification may be lost with its connection.
+    # Those of one connection arrive in order; a posted one may be lost with its connection.
     assert len(set(ids)) == len(ids)
     assert ids[-1] == max(ids) == 9
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from bridge.backend import ActionSpec, BackendError, BackendSpec, Float32, Observation, Outcome, VectorSpec
 from bridge.client import SilentError
 from bridge.control import Pacer, checked_actions, run_episode
-from bridge.messages import Assignment, Chunk, EndEpisode, Executed, Infer, Message, WireError
+from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Message, WireError
 
 H, D = 4, 2
 SPEC = BackendSpec(
@@ -71,7 +71,6 @@ class FakeClient:
 
     spoil: Callable[[Chunk, dict[str, Any]], tuple[Chunk, dict[str, Any]]] = lambda chunk, arrays: (chunk, arrays)
     infers: list[tuple[Infer, dict[str, Any]]] = field(default_factory=list)
-    reports: list[tuple[Executed, dict[str, Any]]] = field(default_factory=list)
     ends: list[tuple[EndEpisode, dict[str, Any]]] = field(default_factory=list)
 
     def request(self, message: Message, kind: type, arrays: Any = None, timeout_s: Any = None) -> tuple[Any, Any]:
@@ -87,9 +86,14 @@ class FakeClient:
         self.ends.append((message, arrays))
         return len(self.ends)
 
-    def notify(self, message: Message, arrays: Any = None) -> None:
-        assert isinstance(message, Executed)
-        self.reports.append((message, arrays))
+    @property
+    def reports(self) -> list[tuple[int, dict[str, Any]]]:
+        """(decision, `sent` and `reward`) of every request that reports one, in order."""
+        return [
+            (message.executed, {"sent": arrays["sent"], "reward": arrays["reward"]})
+            for message, arrays in [*self.infers, *self.ends]
+            if message.executed
+        ]
 
 
 def run(backend: FakeBackend, client: FakeClient, task: Assignment = TASK, stopped: Callable[[], bool] = lambda: False):
@@ -103,7 +107,8 @@ def test_a_chunk_is_cut_at_success_and_only_what_was_executed_is_reported() -> N
     assert (report.status, report.steps, report.decisions, report.versions) == ("success", 6, 2, ("v1",))
     assert [action[0] for action in backend.applied] == [1, 1, 1, 1, 2, 2]
     assert [message.step for message, _ in client.infers] == [0, 4]
-    assert [message.decision for message, _ in client.reports] == [1, 2]
+    assert [decision for decision, _ in client.reports] == [1, 2]
+    assert "sent" not in client.infers[0][1] and client.infers[0][0].executed == 0
     # The backend's clipping, not the policy's wish, is what was sent.
     np.testing.assert_array_equal(client.reports[1][1]["sent"], np.ones((2, D), np.float32))
     np.testing.assert_array_equal(client.reports[1][1]["reward"], np.array([2.5, 3.0], np.float32))

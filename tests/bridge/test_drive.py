@@ -316,7 +316,8 @@ def test_a_runtime_that_is_killed_again_and_again_loses_no_acknowledged_episode(
         read = read_episode(index.path(row))
         assert read.steps == sum(len(decision.sent) for decision in read.decisions)
         assert msgspec.structs.asdict(read.start)["episode"] == episode
-    # What nobody was told of is aborted, or the kill came between the commit and the acknowledgement.
+    # What nobody was told of is aborted, or the kill came between the commit and the acknowledgement. That can be
+    # so for two episodes at each kill: a worker goes on while one is not acknowledged.
     rest = [row for row in rows if row.episode not in acknowledged]
-    assert sum(row.status != "aborted" for row in rest) <= 3
+    assert sum(row.status != "aborted" for row in rest) <= 3 * 2
     index.close()

@@ -10,9 +10,9 @@ import pytest
 from bridge.backend import Backend, BackendError, HasExpert
 from bridge.backends import make_backend
 from bridge.backends.metaworld import MetaWorld
-from bridge.backends.metaworld_tasks import INSTRUCTIONS, MT10, MT50
+from bridge.backends.metaworld_tasks import HELD_OUT, MT10, MT40, MT50, TRAINING
 from bridge.backends.rendering import check_gl
-from bridge.config import BackendConfig
+from bridge.config import BackendConfig, ConfigError
 from bridge.messages import check_observation, observation_tensors
 
 ACTIONS = np.random.default_rng(7).uniform(-1.5, 1.5, (25, 4)).astype(np.float32)
@@ -48,7 +48,7 @@ def test_tasks_are_those_of_metaworld():
 
     assert list(MT10) == list(MT10_V3)
     assert set(MT50) == set(MT50_V3)
-    assert len(set(INSTRUCTIONS.values())) == 50
+    assert len(MT40) == 40 and set(MT40) | set(MT10) == set(MT50)
 
 
 def test_spec_is_known_before_connect():
@@ -62,6 +62,24 @@ def test_spec_is_known_before_connect():
         backend.reset("reach-v3", 0)
     with pytest.raises(BackendError, match=r"reset\(\)"):
         backend.observe()
+
+
+def test_every_wording_means_one_task_and_the_held_out_ones_are_new_sentences_of_known_words():
+    wordings = [text for texts in (*TRAINING.values(), *HELD_OUT.values()) for text in texts]
+    assert len(wordings) == len(set(wordings)) == 50 * (6 + 3)
+    assert TRAINING.keys() == HELD_OUT.keys()
+    assert {len(texts) for texts in TRAINING.values()} == {6} and {len(texts) for texts in HELD_OUT.values()} == {3}
+    words = {word for texts in TRAINING.values() for text in texts for word in text.replace(",", "").split()}
+    assert {word for texts in HELD_OUT.values() for text in texts for word in text.replace(",", "").split()} <= words
+
+
+def test_the_option_chooses_the_wordings():
+    spec = make_backend(BackendConfig("metaworld", {"tasks": ["mt40"]})).spec
+    assert spec.instructions == {task: TRAINING[task] for task in MT40}
+    spec = make_backend(BackendConfig("metaworld", {"tasks": ["mt10"], "instructions": "held_out"})).spec
+    assert spec.instructions == {task: HELD_OUT[task] for task in MT10}
+    with pytest.raises(ConfigError, match=r"\$\.backend\.options\.instructions.*heldout"):
+        make_backend(BackendConfig("metaworld", {"instructions": "heldout"}))
 
 
 def test_control_rate_is_that_of_the_simulation(mt10):

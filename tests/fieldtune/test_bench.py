@@ -16,28 +16,30 @@ from fieldtune.cli import run
 from fieldtune.commands.bench import text
 
 
-def measured(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+def measured(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     assert run(["bench", what, "point", "--quick", "--json", "--directory", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quick"] is True
     assert {"cpu", "cores", "python", "packages", "commit"} <= set(report["machine"])
-    (result,) = report["results"]
-    assert result["bench"] == what and result["rows"] and result["goals"] and result["notes"]
-    figures = [value for row in result["rows"] for value in row.values() if isinstance(value, (int, float))]
-    assert all(math.isfinite(value) and value >= 0 for value in figures)
+    results: list[dict[str, Any]] = report["results"]
+    assert results[0]["goals"]
+    for result in results:
+        assert result["bench"] == what and result["rows"] and result["notes"]
+        figures = [value for row in result["rows"] for value in row.values() if isinstance(value, (int, float))]
+        assert all(math.isfinite(value) and value >= 0 for value in figures)
     assert not list(tmp_path.iterdir()), "something was left behind"
-    return dict(result)
+    return results
 
 
 def test_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = measured("log", tmp_path, capsys)
+    (result,) = measured("log", tmp_path, capsys)
     assert [row["thread"] for row in result["rows"]] == ["serving", "writer", "both"]
     assert [goal["limit"] for goal in result["goals"]] == [0.4, 0.4]  # 2 % of 20 ms
 
 
 @pytest.mark.slow
 def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = measured("serve", tmp_path, capsys)
+    (result,) = measured("serve", tmp_path, capsys)
     for row in result["rows"]:
         assert row["requests"] == row["clients"] * 25
     server, echo, small = result["rows"][:3]
@@ -49,17 +51,25 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_swap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = measured("swap", tmp_path, capsys)
+    (result,) = measured("swap", tmp_path, capsys)
     assert result["rows"][2]["n"] == result["rows"][3]["n"] == 2
     assert result["goals"][1]["measured"] == 0, "an old version answered after the new one was live"
 
 
 @pytest.mark.slow
 def test_rollout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = measured("rollout", tmp_path, capsys)
+    result, shares = measured("rollout", tmp_path, capsys)
     assert [row["way"] for row in result["rows"]] == ["direct, one process", "direct, one a core", "loop"]
     assert all(row["steps"] > 0 for row in result["rows"])
     assert result["rows"][2]["server cpu us a step"] > 0
+    *parts, whole = shares["rows"]
+    assert [row["part"] for row in parts[:4]] == ["physics", "reset", "render", "inference"]
+    assert whole["direct us a step"] == pytest.approx(sum(row["direct us a step"] for row in parts))
+    assert whole["loop us a step"] == pytest.approx(sum(row["loop us a step"] for row in parts))
+    assert sum(row["share of loop"] for row in parts) == pytest.approx(1) and whole["share of loop"] == 1
+    assert whole["loop us a step"] == pytest.approx(
+        result["rows"][2]["cpu us a step"] + result["rows"][2]["server cpu us a step"]
+    )
 
 
 def test_requests_under_way_in_a_swap_are_told_from_the_others() -> None:

@@ -15,6 +15,11 @@ import pytest
 
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
+from fieldtune.commands.status import status_table
+from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
+from runtime.rundir import RunDir
+from runtime.status import Status
 
 QUICK = ("--set", "trainer.demos.per_task=2", "--set", "trainer.sft.steps=3")
 
@@ -171,6 +176,25 @@ def test_keys_as_json_and_bad_names(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(["keys", str(tmp_path / "keys"), "../arm"]) == 2
 
 
+def test_the_status_names_the_tasks_with_the_largest_and_the_smallest_share() -> None:
+    def shown(shares: dict[str, float]) -> list[str]:
+        counters = dict.fromkeys(("uptime_s", "inference_share", "inference_cpu_s", "episodes_per_min"), 0.0)
+        counts = dict.fromkeys(("sessions", "decisions", "batches", "swaps", "refused_swaps"), 0)
+        empty: dict[str, Any] = {"episodes": {}, "refused": {}, "latency_ms": {}, "log": {}, "recent": ()}
+        rest: dict[str, Any] = {"version": "a", "previous": "", "undeliverable": 0, "dropped": 0, "finished": False}
+        table = status_table(Status(shares=shares, **counters, **counts, **empty, **rest), {})
+        return [
+            str(value)
+            for key, value in zip(table.columns[0].cells, table.columns[1].cells, strict=True)
+            if key == "shares"
+        ]
+
+    assert shown({"a": 1.0}) == []
+    assert shown({"a": 0.25, "b": 0.75}) == ["b 0.750, a 0.250"]
+    (text,) = shown({f"t{i}": i / 45 for i in range(10)})
+    assert text == "t9 0.200, t8 0.178, t7 0.156, ..., t2 0.044, t1 0.022, t0 0.000"
+
+
 # --- what needs a run -----------------------------------------------------------------------------------------------
 
 
@@ -251,7 +275,6 @@ def test_failures_of_a_run_say_why_and_end_with_1(
         "episodes show point nosuch": "no episode nosuch",
         "policies show point ffffffff": "ffffffff",
         "report point": "was not evaluated",
-        "bundle verify nowhere": "nowhere",
     }.items():
         assert run(line.split()) == 1, line
         captured = capsys.readouterr()
@@ -268,6 +291,7 @@ def test_a_running_deployment(
 
     now = ask("status point")
     assert sum(now["runtime"]["episodes"].values()) == 2 and now["trainer"] == {}
+    assert now["runtime"]["shares"] == {"reach": 1.0}
     rows = ask("episodes list point")["episodes"]
     assert [row["client"] for row in rows] == ["arm", "arm"]
     shown = ask(f"episodes show point {rows[0]['episode']}")
@@ -281,3 +305,51 @@ def test_a_running_deployment(
 def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
     done = fieldtune("eval", "point", "--episodes", "2", "--json", cwd=served)
     assert one_object(done.stdout)["overall"]["n"] == 2
+
+
+WORDED = """
+from bridge.backends.point import Point, PointOptions
+from msgspec.structs import replace
+
+
+class Worded(Point):
+    def __init__(self, instructions="training"):
+        super().__init__(PointOptions(size_px=32))
+        texts = ("move the dot to the square", "go") if instructions == "training" else ("reach", "get to it")
+        self._spec = replace(self._spec, instructions={"reach": texts})
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ("eval", "point", "--episodes", "2", "--json", "--set", "trainer.evaluate.first_seed=3000000")
+    held_out = ("--instructions", "held_out")
+    refused = fieldtune(*ask, *held_out, cwd=prepared, code=2)
+    assert "$.backend.options.instructions: unknown key" in refused.stderr
+    (prepared / "worded.py").write_text(WORDED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(prepared), os.environ.get("PYTHONPATH", "")]))
+    told = []
+    for extra in ((), held_out):
+        done = fieldtune(*ask, *extra, "--set", "backend={name: 'worded:Worded'}", cwd=prepared)
+        version = one_object(done.stdout)["version"]
+        directory = RunDir(prepared / "runs/point").evaluation(version, extra[-1] if extra else "")
+        assert (directory / "result.json").exists()
+        index = EpisodeIndex(directory)
+        rows = [row for row in index.after(0) if row.seed >= 3_000_000]
+        told.append(sorted(read_episode(index.path(row)).start.instruction for row in rows))
+    assert told == [["go", "move the dot to the square"], ["get to it", "reach"]]
+
+
+def test_bridges_stand_back_in_niceness_and_in_their_scheduling_group() -> None:
+    code = (
+        "import os; from pathlib import Path; from fieldtune.commands.drive import stand_back; stand_back(3); "
+        "group = Path('/proc/self/autogroup'); "
+        "print(os.nice(0), group.read_text().split()[-1] if group.exists() else '')"
+    )
+    before = os.nice(0)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True, timeout=60
+    )
+    assert output.stdout.split() in ([str(before + 3)], [str(before + 3)] * 2)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from bridge.config import ConfigError
-from fieldtune.deployment import Deployment, config_names, find_config, load_deployment
+from fieldtune import deployment as deployments
+from fieldtune.deployment import Deployment, config_names, find_bundle, find_config, load_deployment, shipped_bundles
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -68,3 +69,24 @@ def test_an_unknown_configuration_lists_those_that_ship(tmp_path: Path) -> None:
         find_config("quickstat")
     with pytest.raises(ConfigError, match="no such file"):
         find_config(str(tmp_path))
+
+
+def test_a_bundle_is_found_by_directory_or_by_the_name_that_it_ships_under(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(deployments, "_shipped", lambda: tmp_path / "configs")
+    assert shipped_bundles() == {}
+    with pytest.raises(ConfigError, match=r"^base: no such directory, and no shipped policy of that name \(none\)$"):
+        find_bundle("base")
+    for name in ("mt10", "base"):
+        (tmp_path / "configs" / "policies" / name).mkdir(parents=True)
+    (tmp_path / "configs" / "policies" / "base.md").write_text("what it is")
+    assert list(shipped_bundles()) == ["base", "mt10"]
+    assert find_bundle("base") == tmp_path / "configs" / "policies" / "base"
+    assert find_bundle("configs/policies/mt10") == Path("configs/policies/mt10")
+    for wrong in ("bas", "base.md", "../policies/base"):
+        with pytest.raises(ConfigError, match=r"\(base, mt10\)"):
+            find_bundle(wrong)
+    (tmp_path / "base").mkdir()
+    assert find_bundle("base") == Path("base"), "a directory of the user goes before what ships, as with configurations"

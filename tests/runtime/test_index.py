@@ -43,6 +43,16 @@ def test_an_episode_is_indexed_once(tmp_path: Path) -> None:
     assert [(row.episode, row.status) for row in index.after(0)] == [("a", "success"), ("b", "success")]
 
 
+def test_recent_successes_are_of_one_task_in_order_without_what_was_aborted(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    assert index.recent_successes("t", 5) == []
+    ends = ["success", "timeout", "aborted", "failure", "success"]
+    index.add([make_row(str(i), status=end) for i, end in enumerate(ends)])
+    index.add([make_row("other", task="u")])
+    assert index.recent_successes("t", 9) == [True, False, False, True]
+    assert index.recent_successes("t", 3) == [False, False, True]
+
+
 def test_filters(tmp_path: Path) -> None:
     index = EpisodeIndex(tmp_path)
     index.add([make_row("a"), make_row("b", task="u", status="failure"), make_row("c", versions=("cccc3",))])

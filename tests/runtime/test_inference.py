@@ -123,6 +123,8 @@ def test_a_sample_does_not_depend_on_who_else_is_in_the_batch(fake_policy: Any) 
 def test_the_noise_of_every_decision_is_its_own(episodes: list[int], decision: int) -> None:
     one, other = (f"{episode:024x}" for episode in episodes)
     draw = decision_rng(one, decision).standard_normal(8)
+    philox = np.random.Philox(key=int(one, 16), counter=decision << 64)
+    np.testing.assert_array_equal(draw, np.random.Generator(philox).standard_normal(8))
     np.testing.assert_array_equal(draw, decision_rng(one, decision).standard_normal(8))
     assert not np.array_equal(draw, decision_rng(other, decision).standard_normal(8))
     assert not np.array_equal(draw, decision_rng(one, decision + 1).standard_normal(8))

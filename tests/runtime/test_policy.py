@@ -256,6 +256,15 @@ def test_what_comes_after_a_prefix_does_not_change_its_log_prob(
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
+def test_noise_is_the_recursion_of_its_definition(rho: float) -> None:
+    zeros = np.zeros((6, 3), np.float32)
+    noise = np.random.default_rng(0).standard_normal((6, 3))
+    for i in range(1, 6):
+        noise[i] = rho * noise[i - 1] + math.sqrt(1 - rho**2) * noise[i]
+    assert sample_chunk(zeros, zeros, rho, np.random.default_rng(0)) == pytest.approx(noise, abs=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.6, 0.9])
 def test_noise_has_the_asked_correlation_and_its_standard_deviation(rho: float) -> None:
     mean = np.full((6, 4000), 0.5, np.float32)
     log_std = np.full_like(mean, math.log(0.2))

@@ -71,6 +71,18 @@ def test_live_and_history(tmp_path: Path) -> None:
     assert Registry(registry.path).live() == "B"
 
 
+def test_what_was_served_leaves_out_what_was_only_added(tmp_path: Path) -> None:
+    registry = filled(tmp_path, "A", "B", "C", "D")
+    assert registry.served() == []
+    for version in "CDCB":
+        registry.set_live(version, why="test")
+    assert [(row.version, row.number, row.live) for row in registry.served()] == [
+        ("C", 3, False),
+        ("D", 4, False),
+        ("B", 2, True),
+    ]
+
+
 def test_rollbacks_go_back_and_never_round(tmp_path: Path) -> None:
     registry = filled(tmp_path, "A", "B", "C", "D")
     for version in "ABC":

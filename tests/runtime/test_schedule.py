@@ -1,10 +1,12 @@
 """Which task and seed a bridge gets, and that an evaluation runs every episode exactly once."""
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.schedule import FixedList, Training
+from runtime.episode import End
+from runtime.schedule import WINDOW_EPISODES, FixedList, Training
 
 TASKS = ("a", "b", "c")
 
@@ -37,16 +39,77 @@ def test_a_bridge_gets_only_tasks_that_it_offers() -> None:
     assert schedule.next(()) is None
 
 
-def test_an_aborted_training_episode_does_not_count_for_its_task() -> None:
+def test_an_aborted_training_episode_has_had_its_turn_and_says_nothing_of_success() -> None:
+    schedule, before = training(), training().shares
+    drawn = []
+    for _ in range(30):
+        episode = schedule.next(TASKS)
+        assert episode is not None
+        drawn.append(episode[0])
+        # A task that always breaks off keeps its share and takes no more.
+        schedule.ended(*episode, "aborted")
+    assert schedule.shares == before
+    assert {task: drawn.count(task) for task in TASKS} == {"a": 10, "b": 10, "c": 10}
+
+
+def test_a_solved_task_keeps_three_quarters_of_an_equal_share_and_the_neediest_gets_one_and_a_half_at_most() -> None:
+    tasks = tuple("abcdefgh")
+    recent = {task: [True] * 50 for task in tasks[1:]} | {"a": [False] * 50}
+    schedule = Training(tasks, 0, 50, np.random.default_rng(0), recent=recent)
+    assert schedule.shares == pytest.approx({"a": 1.5 / 8} | dict.fromkeys(tasks[1:], (1 - 1.5 / 8) / 7))
+    # All the others unsolved: the solved one is at the floor, the rest is theirs.
+    recent = {task: [False] * 50 for task in tasks[1:]} | {"a": [True] * 50}
+    schedule = Training(tasks, 0, 50, np.random.default_rng(0), recent=recent)
+    assert schedule.shares == pytest.approx({"a": 0.75 / 8} | dict.fromkeys(tasks[1:], (1 - 0.75 / 8) / 7))
+
+
+def test_between_the_limits_shares_are_in_proportion_to_the_need_and_a_new_task_counts_as_half_solved() -> None:
+    recent = {"a": [True, True, False], "b": [True] + [False] * 3}
+    schedule = Training(TASKS, 0, 50, np.random.default_rng(0), recent=recent)
+    need = {"a": 1 - 3 / 5, "b": 1 - 2 / 6, "c": 1 / 2}
+    assert schedule.shares == pytest.approx({task: need[task] / sum(need.values()) for task in TASKS})
+
+
+def test_only_the_last_episodes_count() -> None:
     schedule = training()
-    first = schedule.next(TASKS)
-    assert first is not None
-    schedule.ended(*first, "aborted")
-    again = schedule.next(TASKS)
-    assert again is not None and again[0] == first[0]
-    schedule.ended(*again, "timeout")
-    following = schedule.next(TASKS)
-    assert following is not None and following[0] != first[0]
+    for end in ["timeout"] * WINDOW_EPISODES + ["success"] * WINDOW_EPISODES:
+        schedule.ended("a", 0, end)
+    again = Training(TASKS, 1000, 50, np.random.default_rng(0), recent={"a": [True] * WINDOW_EPISODES})
+    assert schedule.shares == again.shares and schedule.shares["a"] < schedule.shares["b"]
+
+
+def test_equal_balance_and_one_task_do_not_depend_on_success() -> None:
+    recent = {"a": [True] * 50, "b": [False] * 50}
+    equal = Training(TASKS, 0, 50, np.random.default_rng(0), balance="equal", recent=recent)
+    equal.ended("c", 0, "failure")
+    assert equal.shares == dict.fromkeys(TASKS, 1 / 3)
+    assert Training(("a",), 0, 50, np.random.default_rng(0), recent=recent).shares == pytest.approx({"a": 1.0})
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 6),
+    solved=st.sets(st.sampled_from("abcdef")),
+    ends=st.lists(st.sampled_from(["success", "timeout", "aborted"]), max_size=250),
+)
+def test_no_task_is_far_from_its_share_and_none_starves(n: int, solved: set[str], ends: list[End]) -> None:
+    tasks = tuple("abcdef"[:n])
+    schedule = Training(tasks, 0, 50, np.random.default_rng(0))
+    harmonic = sum(1 / i for i in range(1, n + 1))
+    expected, count, waited = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0)
+    for end in ends:
+        shares = schedule.shares
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert all(0.75 / n - 1e-9 <= share <= 1.5 / n + 1e-9 for share in shares.values())
+        episode = schedule.next(tasks)
+        assert episode is not None
+        for task in tasks:
+            expected[task] += shares[task]
+            waited[task] = 0 if task == episode[0] else waited[task] + 1
+        count[episode[0]] += 1
+        assert all(-1 - 1e-9 < expected[task] - count[task] < harmonic - 1 + 1e-9 for task in tasks)
+        assert max(waited.values()) <= 4 / 3 * n * harmonic
+        schedule.ended(*episode, "success" if episode[0] in solved else end)
 
 
 def test_a_fixed_list_gives_an_aborted_episode_again_but_not_for_ever() -> None:

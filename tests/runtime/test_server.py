@@ -26,7 +26,6 @@ from bridge.messages import (
     Assignment,
     EndEpisode,
     EpisodeStored,
-    Executed,
     GetStatus,
     Hello,
     Infer,
@@ -166,7 +165,7 @@ def test_an_episode_is_on_disk_and_indexed_when_it_is_acknowledged(serve: Any, p
     episode = read_episode(serving.log.index.path(row))
     assert episode.start.episode == assignment.episode == stored.episode
     assert (episode.start.task, episode.start.seed) == (assignment.task, assignment.seed)
-    assert episode.start.instruction == point.spec.instructions[assignment.task]
+    assert (episode.start.instruction,) == point.spec.instructions[assignment.task]
     assert episode.start.client == "robot" and episode.start.explore and episode.start.source == "policy"
     assert [decision.step for decision in episode.decisions] == [0, 4, 5]
     assert [len(decision.sent) for decision in episode.decisions] == [4, 1, 3]
@@ -263,9 +262,10 @@ def test_chunks_are_refused_out_of_order(robot: Any, point: Backend) -> None:
     assert field_of(step=1) == "step"
     assert field_of(step=-1) == "step"
     robot.infer(observation)
-    assert field_of() == "decision"
+    assert field_of() == "executed"
     robot.executed(2)
     assert field_of(step=0) == "step"
+    assert field_of(step=4) == "step"
     chunk, _ = robot.infer(observation)
     assert chunk.decision == 2
 
@@ -277,7 +277,7 @@ def test_a_second_request_while_one_is_computed_is_refused(serve: Any, point: Ba
     robot.next()
     policy.gate.clear()
     infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
-    robot.client.notify(infer, robot.observation(point.spec))
+    robot.client.post(infer, robot.observation(point.spec))
     assert "still being computed" in refused(lambda: robot.infer(robot.observation(point.spec))).message
     policy.gate.set()
 
@@ -314,7 +314,7 @@ def zeros(k: int, d: int = 2) -> Any:
     [
         ({}, "malformed", "tensors"),
         ({"sent": zeros(1)}, "malformed", "tensors"),
-        ({"sent": zeros(1), "reward": zeros(1)[:, 0], "more": zeros(1)}, "malformed", "tensors"),
+        ({"sent": zeros(1), "reward": zeros(1)[:, 0], "more": zeros(1)}, "malformed", "tensors.more"),
         ({"sent": zeros(0), "reward": zeros(0)[:, 0]}, "malformed", "tensors.sent"),
         ({"sent": zeros(5), "reward": zeros(5)[:, 0]}, "malformed", "tensors.sent"),
         ({"sent": zeros(1, 3), "reward": zeros(1)[:, 0]}, "malformed", "tensors.sent"),
@@ -328,38 +328,61 @@ def zeros(k: int, d: int = 2) -> Any:
     ],
 )
 def test_a_wrong_report_is_refused_and_the_right_one_is_still_taken(
-    robot: Any, point: Backend, arrays: Any, code: str, field: str
+    serve: Any, point: Backend, arrays: dict[str, Any], code: str, field: str
 ) -> None:
+    serving = serve()
+    robot = serving.robot(point.spec)
+    robot.next()
     observation = robot.observation(point.spec)
     robot.infer(observation)
-    robot.executed(arrays=arrays)
-    robot.steps = 0
-    answer = refused(lambda: robot.infer(observation))
-    assert (answer.code, answer.field) == (code, field)
-    # The refusal of the chunk that was asked for too early is still on its way; it is dropped.
+    for call in (
+        lambda: robot.infer({**observation, **arrays}, executed=1, step=1),
+        lambda: robot.end({**observation, **arrays}, executed=1, steps=1),
+    ):
+        answer = refused(call)
+        assert (answer.code, answer.field) == (code, field)
     robot.executed(1)
+    assert robot.infer(observation)[0].decision == 2
+    robot.executed(3)
+    episode = read_episode(serving.log.index.path(row_of(serving, robot.end(observation).episode)))
+    assert [len(decision.sent) for decision in episode.decisions] == [1, 3]
+
+
+def test_a_refused_request_takes_no_report(serve: Any, point: Backend) -> None:
+    serving = serve()
+    robot = serving.robot(point.spec)
+    robot.next()
+    observation = robot.observation(point.spec)
     robot.infer(observation)
-    assert robot.client.dropped == 1
+    robot.executed(3)
+    # The report is good, the rest of the request is not.
+    assert refused(lambda: robot.infer({**observation, "state": zeros(1)})).field == "tensors.state"
+    assert refused(lambda: robot.infer(observation, step=2)).field == "step"
+    assert refused(lambda: robot.end(observation, steps=2)).field == "steps"
+    assert refused(lambda: robot.end({**observation, "state": zeros(1)})).field == "tensors.state"
+    robot.infer(observation)
+    robot.executed(1)
+    episode = read_episode(serving.log.index.path(row_of(serving, robot.end(observation).episode)))
+    assert [len(decision.sent) for decision in episode.decisions] == [3, 1]
 
 
 def test_reports_are_refused_out_of_order(robot: Any, point: Backend) -> None:
     observation = robot.observation(point.spec)
-    client = robot.client
+    report = {"sent": zeros(1), "reward": zeros(1)[:, 0]}
 
-    def field_of(**changes: Any) -> str:
-        robot.executed(**changes)
-        robot.steps -= 1
-        answer = refused(lambda: client.request(GetStatus(), StatusReply))
-        assert answer.code == "episode"
-        return answer.field
+    def field_of(arrays: dict[str, Any], **changes: Any) -> str:
+        return refused(lambda: robot.infer({**observation, **arrays}, **changes)).field
 
-    assert field_of(decision=1) == "decision"
-    assert field_of(decision=0) == "decision"
+    assert field_of(report, executed=1, step=1) == "executed"  # nothing was decided yet
+    assert field_of(report, executed=0) == "tensors"
     robot.infer(observation)
-    assert field_of(decision=2) == "decision"
-    assert field_of(episode="0" * 24) == "episode"
+    assert field_of(report, executed=2, step=1) == "executed"
+    assert field_of(report, executed=0, step=1) == "executed"
+    assert field_of(report, executed=1, step=1, episode="0" * 24) == "episode"
     robot.executed()
-    assert field_of() == "decision"
+    robot.infer(observation)
+    assert field_of(report, executed=1, step=2) == "executed"  # told twice
+    robot.executed()
     robot.infer(observation)
 
 
@@ -372,7 +395,7 @@ def test_the_horizon_holds(serve: Any, point: Backend) -> None:
     robot.executed(4)
     robot.infer(observation)
     robot.executed(2)
-    assert "may have 5 steps" in refused(lambda: robot.client.request(GetStatus(), StatusReply)).message
+    assert "may have 5 steps" in refused(lambda: robot.end(observation)).message
     robot.steps = 4
     robot.executed(1)
     robot.end(observation)
@@ -382,11 +405,12 @@ def test_an_end_must_account_for_every_step(robot: Any, point: Backend) -> None:
     observation = robot.observation(point.spec)
     assert refused(lambda: robot.end(observation)).field == "decision"
     robot.infer(observation)
-    assert refused(lambda: robot.end(observation)).field == "decision"
+    assert refused(lambda: robot.end(observation)).field == "executed"
     robot.executed(3)
     assert refused(lambda: robot.end(observation, steps=4)).field == "steps"
     assert refused(lambda: robot.end(observation, episode="0" * 24)).field == "episode"
     robot.end(observation)
+    robot.report = {}
     assert refused(lambda: robot.end(observation)).field == "episode"
     assert refused(lambda: robot.infer(observation)).field == "episode"
 
@@ -438,11 +462,15 @@ def test_asking_for_the_next_episode_aborts_the_open_one(serve: Any, point: Back
     robot.next()
     robot.infer(robot.observation(point.spec))
     robot.executed(3)
+    robot.infer(robot.observation(point.spec))
+    robot.executed(2)  # nobody is told any more
     first = robot.episode
     robot.next()
     assert robot.episode != first
     row = aborted(serving, first)
     assert row.steps == 3 and "next episode" in row.reason
+    decisions = read_episode(serving.log.index.path(row)).decisions
+    assert [len(decision.sent) for decision in decisions] == [3, 0]
     robot.infer(robot.observation(point.spec))
 
 
@@ -475,6 +503,7 @@ def test_a_silent_session_is_closed_and_its_episode_aborted(serve: Any, point: B
     robot.next()
     robot.infer(robot.observation(point.spec))
     robot.executed(2)
+    robot.infer(robot.observation(point.spec))
     row = aborted(serving, robot.episode)
     assert row.steps == 2 and "silent" in row.reason
     assert refused(lambda: robot.infer(robot.observation(point.spec))).code == "session"
@@ -486,6 +515,7 @@ def test_a_server_that_stops_keeps_open_episodes_as_aborted(serve: Any, point: B
     robot.next()
     robot.infer(robot.observation(point.spec))
     robot.executed(1)
+    robot.infer(robot.observation(point.spec))
     until(lambda: serving.status()["log"]["open"] == 1, "the log to open the episode")
     serving.stop()
     log = EpisodeLog(tmp_path / "episodes")
@@ -501,7 +531,7 @@ def test_a_chunk_whose_episode_is_over_is_dropped_and_counted(serve: Any, point:
     robot.next()
     policy.gate.clear()
     infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
-    robot.client.notify(infer, robot.observation(point.spec))
+    robot.client.post(infer, robot.observation(point.spec))
     assert policy.waiting.wait(ENOUGH_S)
     # The robot has had enough of waiting and starts anew.
     robot.next()
@@ -521,7 +551,7 @@ def test_a_reply_to_a_client_that_has_gone_is_counted(serve: Any, point: Backend
         policy.gate.clear()
         policy.waiting.clear()
         infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
-        robot.client.notify(infer, robot.observation(point.spec))
+        robot.client.post(infer, robot.observation(point.spec))
         assert policy.waiting.wait(ENOUGH_S)
         before = serving.status()["decisions"]
         robot.client.close()
@@ -533,6 +563,17 @@ def test_a_reply_to_a_client_that_has_gone_is_counted(serve: Any, point: Backend
 
     assert any(leave_before_the_chunk(pause_s) == 1 for pause_s in (0.05, 0.2, 1.0, 3.0))
     serving.robot(point.spec).run_episode(point.spec)
+
+
+def test_an_episode_is_told_the_wording_of_its_seed(serve: Any, point: Backend) -> None:
+    spec = replace(point.spec, instructions={"reach": ("go", "move", "run")})
+    serving = serve(schedule=FixedList([("reach", seed) for seed in range(4, 10)]))
+    robot = serving.robot(spec)
+    for seed in range(4, 10):
+        stored = robot.run_episode(spec)
+        row = row_of(serving, stored.episode)
+        assert row is not None and row.seed == seed
+        assert read_episode(serving.log.index.path(row)).start.instruction == ("go", "move", "run")[seed % 3]
 
 
 def test_an_instruction_that_the_policy_cannot_read_is_refused_at_hello(
@@ -548,7 +589,7 @@ def test_an_instruction_that_the_policy_cannot_read_is_refused_at_hello(
 
     monkeypatch.setattr(policy, "tokens", tokens)
     serving = serve(policy=policy)
-    spec = replace(point.spec, instructions={"short": "go", "long": "go to the far end of the room"})
+    spec = replace(point.spec, instructions={"short": "go", "long": ("go", "go to the far end of the room")})
     answer = refused(lambda: serving.client().hello(spec))
     assert (answer.code, answer.field, answer.message) == ("spec", "spec.instructions.long", "too long")
     serving.client().hello(replace(spec, instructions={"short": "go"}))
@@ -566,9 +607,17 @@ def test_an_inference_that_fails_is_told_and_the_episode_can_go_on(
     policy.value = 0.0
     chunk, _ = robot.infer(robot.observation(point.spec))
     assert chunk.decision == 1
+    # The report that comes with a request whose inference fails is taken; the next try has nothing to report.
+    policy.value = np.nan
+    robot.executed(2)
+    assert refused(lambda: robot.infer(robot.observation(point.spec))).code == "internal"
+    robot.report, policy.value = {}, 0.0
+    chunk, _ = robot.infer(robot.observation(point.spec))
+    assert chunk.decision == 2
     robot.executed()
     stored = robot.end(robot.observation(point.spec))
-    assert len(read_episode(serving.log.index.path(row_of(serving, stored.episode))).decisions) == 1
+    decisions = read_episode(serving.log.index.path(row_of(serving, stored.episode))).decisions
+    assert [len(decision.sent) for decision in decisions] == [2, 1]
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -688,7 +737,7 @@ def test_serving_goes_on_while_a_bundle_is_loaded(serve: Any, point: Backend, fa
 
     serving.live.change = change
     tool = serving.client()
-    tool.notify(Announce(path="b" * 64))
+    tool.post(Announce(path="b" * 64))
     assert loading.wait(ENOUGH_S)
     serving.robot(point.spec).run_episode(point.spec)
     loaded.set()
@@ -824,8 +873,8 @@ HEADERS: list[Message] = [
     Hello(request=1, protocol=PROTOCOL, client="fuzz"),
     NextEpisode(request=2, session="s"),
     Infer(request=3, session="s", episode="e", step=0),
-    Executed(request=4, session="s", episode="e", decision=1),
-    EndEpisode(request=5, session="s", episode="e", status="timeout", steps=1),
+    Infer(request=4, session="s", episode="e", step=1, executed=1),
+    EndEpisode(request=5, session="s", episode="e", status="timeout", steps=1, executed=1),
     GetStatus(request=6),
     Announce(request=7, path="\0"),
     Rollback(request=8, version="\0"),
@@ -908,7 +957,7 @@ def test_a_garbled_backend_spec_is_refused_or_welcomed_and_nothing_else(serve: A
         state=st.sampled_from([point.spec.state, VectorSpec(("x",), ())]),
         action=st.sampled_from([point.spec.action, ActionSpec(("vx",), (), (), (1.0,), "delta")]),
         control_hz=st.just(10.0) | numbers,
-        instructions=st.dictionaries(texts, texts, max_size=3),
+        instructions=st.dictionaries(texts, texts | st.lists(texts, min_size=1, max_size=3), max_size=3),
         privileged=st.none() | st.builds(VectorSpec, st.tuples(texts), st.just(())),
     )
 

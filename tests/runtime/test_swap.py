@@ -342,3 +342,16 @@ def test_old_bundles_are_pruned_but_never_root_live_or_previous(
     with pytest.raises(BundleError):
         the_live.rollback(versions[1])
     assert the_live().version == late
+
+
+def test_a_bundle_made_elsewhere_is_a_root_and_not_pruned(run: RunDir, tiny_bundle: TinyBundle) -> None:
+    imported = tiny_bundle(run.policies, 1.0, parent="e" * 64)
+    registry = Registry(run.registry)
+    registry.add(imported, parent="e" * 64, made={"command": "import"})
+    registry.set_live(imported, why="test")
+    the_live = live(run, keep_versions=1)
+    versions = [imported]
+    for i in range(2, 6):
+        versions.append(tiny_bundle(run.policies, float(i), parent=versions[-1]))
+        the_live.announce(run.policies / versions[-1])
+    assert {path.name for path in run.policies.iterdir()} == {imported, *versions[-3:]}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec
+from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec, instruction_of
 from runtime.bundle import FORMAT, PolicySpec
 from runtime.episode import Decision, End, Episode, EpisodeStart
 
@@ -81,7 +81,7 @@ def episode(
         format=1,
         episode=name,
         task=task,
-        instruction=SPEC.instructions[task],
+        instruction=instruction_of(SPEC, task, seed),
         seed=seed,
         source="policy",
         explore=True,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridge.backend import instruction_of
 from bridge.backends import make_backend
 from bridge.config import BackendConfig
 from runtime.episode import DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
@@ -24,11 +25,16 @@ HORIZON_STEPS = 40
 BACKEND = BackendConfig(name="point", options={"size_px": 24})
 CONFIG = TrainerConfig(
     episodes_per_iteration=64,
-    demos=DemosConfig(per_task=200),
-    vla=VLAConfig(horizon_steps=4, channels=(8, 16, 16), width=64, text_width=8, max_tokens=16, sigma=0.3),
+    demos=DemosConfig(per_task=200, workers=1),
+    vla=VLAConfig(horizon_steps=4, channels=(16, 32), width=64, text_width=8, max_tokens=16, sigma=0.3),
     sft=SFTConfig(steps=800, batch=64, lr=3e-3, shift_px=0),
     ppo=PPOConfig(
-        lr=1e-3, epochs=8, minibatch=256, critic_warmup_iterations=1, critic_warmup_epochs=30, step_cost=0.02
+        lr=3e-4,
+        epochs=8,
+        minibatch=256,
+        critic_warmup_iterations=1,
+        critic_warmup_epochs=30,
+        step_cost=0.02,
     ),
     buffer=BufferConfig(per_task=250),
     weight=WeightConfig(ramp_iterations=1.0, cloning_scale=0.01),
@@ -44,7 +50,7 @@ def prepared_run(directory: Callable[[], Path]) -> RunDir:
         run = RunDir(directory() / "run")
         run.path.mkdir()
         backend = make_backend(BACKEND)
-        collect_demos(backend, run.demos, CONFIG.demos, (), HORIZON_STEPS, lambda _done, _total: None)
+        collect_demos(lambda: backend, run.demos, CONFIG.demos, (), HORIZON_STEPS, lambda _done, _total: None)
         assert run_sft(run, backend.spec, CONFIG, 0, lambda _done, _total: None) is not None
         _prepared.append(run)
     return _prepared[0]
@@ -143,12 +149,12 @@ class Robot:
         assert done.wait(10.0)
 
     def _start(self, episode: str, seed: int, explore: bool) -> EpisodeStart:
-        task, instruction = next(iter(self._backend.spec.instructions.items()))
+        task = next(iter(self._backend.spec.instructions))
         return EpisodeStart(
             format=1,
             episode=episode,
             task=task,
-            instruction=instruction,
+            instruction=instruction_of(self._backend.spec, task, seed),
             seed=seed,
             source="policy",
             explore=explore,

@@ -16,15 +16,18 @@ import pytest
 import torch
 from ppo_robot import BACKEND, CONFIG, Robot, announce, prepared_run
 
+from bridge.backend import BackendSpec
 from bridge.backends import make_backend
+from bridge.config import ConfigError
 from runtime.bundle import read_bundle
 from runtime.episodes import EpisodeLog
-from runtime.index import EpisodeIndex
+from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import continual, metrics
-from trainer.config import StopConfig, TrainerConfig
+from trainer.config import DemosConfig, StopConfig, TrainerConfig
 from trainer.continual import ContinualTrainer, TrainingError, train
+from trainer.demos import demo_rows
 from trainer.experience import ExperienceError
 from trainer.ratio import RatioError
 
@@ -62,10 +65,11 @@ def make_trainer(
     config: TrainerConfig = SMALL,
     announce: Callable[[Path], None] | None = None,
     warnings: list[str] | None = None,
+    spec: BackendSpec = SPEC,
 ) -> ContinualTrainer:
     return ContinualTrainer(
         run,
-        SPEC,
+        spec,
         config,
         0,
         announce=announce or (lambda path: make_live(run, path)),
@@ -121,6 +125,35 @@ def test_warm_up_publishes_nothing_and_then_every_iteration_a_child(run: RunDir,
     assert Registry(run.registry).get(second["version"]).made["episodes_seq"] == [9, 12]
 
 
+def test_a_task_that_is_not_post_trained_is_rehearsed_and_nothing_else(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = msgspec.structs.replace(SPEC, instructions={"rest": "stay where you are", **SPEC.instructions})
+    config = msgspec.structs.replace(SMALL, post_train=("reach",))
+
+    def rows(index: EpisodeIndex, task: str, demos: DemosConfig) -> list[EpisodeRow]:
+        found = demo_rows(index, "reach", demos)
+        return found[:3] if task == "rest" else found[3:]
+
+    monkeypatch.setattr("trainer.experience.demo_rows", rows)
+    seen: list[Any] = []
+    update = continual.update
+    monkeypatch.setattr(continual, "update", lambda *args, **named: seen.append(args[5]) or update(*args, **named))
+    trainer = make_trainer(run, config, spec=two)
+    iterate(trainer, robot)
+    line = iterate(trainer, robot)
+    assert trainer.buffer.tasks == ("reach", "rest") and len(trainer.buffer.entries("rest")) == 3
+    assert line["weight_by_task"].keys() == line["success_by_task"].keys() == {"reach"}
+    (weight,) = seen
+    assert weight[0] > 0.0 and weight[1] == 0.0
+
+
+def test_only_a_task_of_the_policy_can_be_post_trained() -> None:
+    assert CONFIG.post_trained(SPEC) == ("reach",)
+    with pytest.raises(ConfigError, match=r"trainer.post_train: 'push' is not among the tasks \(reach\)"):
+        msgspec.structs.replace(CONFIG, post_train=("push",)).post_trained(SPEC)
+
+
 def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> None:
     trainer = make_trainer(run)
     iterate(trainer, robot)
@@ -128,9 +161,10 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
     assert lines(run)[-1] == json.loads(json.dumps(line))
     wanted = (
         "iteration unix_s minutes env_steps episodes version success steps_to_success success_by_task steps_by_task "
-        "buffer_episodes buffer_steps weight weight_by_task weight_inputs kl clip_fraction policy_loss cloning_loss "
-        "value_loss explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
-        "dropped_stale aborted collect_wait_s learn_s"
+        "buffer_episodes buffer_steps buffer_steps_by_task weight weight_by_task weight_inputs kl clip_fraction "
+        "policy_loss cloning_loss value_loss "
+        "explained_variance grad_norm sigma ratio_error staleness_versions staleness_versions_max "
+        "dropped_stale aborted collect_wait_s learn_s cpu_idle_share"
     )
     assert set(wanted.split()) <= line.keys()
     assert line["iteration"] == 2
@@ -138,6 +172,7 @@ def test_the_metrics_line_holds_what_was_promised(run: RunDir, robot: Robot) -> 
     rows = EpisodeIndex(run.episodes).after(0)
     assert line["env_steps"] == sum(row.steps for row in rows)
     assert 0 < line["weight"] < 1
+    assert np.mean([*line["buffer_steps_by_task"].values()]) == pytest.approx(line["buffer_steps"])
     assert line["sigma"] == pytest.approx(CONFIG.vla.sigma)
 
 

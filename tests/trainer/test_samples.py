@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec
 from runtime.episode import FORMAT, Decision, Episode, EpisodeStart
-from trainer.samples import cloning_samples, concatenate, random_shift
+from trainer.samples import cloning_samples, random_shift
 
 SPEC = BackendSpec(
     name="fake",
@@ -78,16 +78,6 @@ def test_every_masked_target_was_sent_at_that_step(executed: list[int], horizon:
         steps = [int(state[0]) + j for j in range(horizon)]
         assert mask.tolist() == [float(step in really) for step in steps]
         assert target.tolist() == [sent_at(step) if step in really else [0, 0] for step in steps]
-
-
-def test_concatenation_keeps_order_and_types() -> None:
-    one, two = cloning_samples(episode([(0, 2), (2, 2)], 2), 2), cloning_samples(episode([(0, 1)], 2), 2)
-    both = concatenate([one, two])
-    assert len(both) == 3 and both.state[:, 0].tolist() == [0, 2, 0]
-    assert both.images["eye"].dtype == np.uint8 and both.target.dtype == both.mask.dtype == np.float32
-    assert len(cloning_samples(episode([], 2), 2)) == 0
-    with pytest.raises(ValueError, match="no samples"):
-        concatenate([])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

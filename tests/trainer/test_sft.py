@@ -1,5 +1,6 @@
 """Supervised fine-tuning: it learns the demonstrations, resumes exactly, and leaves a version that can be served."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -10,10 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.numpy import load_file
 
+from bridge.backend import Observation, instruction_of
 from bridge.backends import make_backend
+from bridge.backends.point import Point, PointOptions
 from bridge.config import BackendConfig
+from runtime.bundle import BundleError, read_bundle
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
@@ -22,21 +27,30 @@ from runtime.rundir import RunDir
 from trainer.config import DemosConfig, SFTConfig, TrainerConfig, VLAConfig
 from trainer.demos import collect_demos, demo_rows
 from trainer.samples import cloning_samples
-from trainer.sft import SFTError, cloning_error, learning_rate, run_sft
+from trainer.sft import run_sft
+from trainer.supervised import SFTError, cloning_error, learning_rate
 
 SPEC = make_backend(BackendConfig("point", {"size_px": 16})).spec
 CONFIG = TrainerConfig(
     demos=DemosConfig(per_task=32),
-    vla=VLAConfig(horizon_steps=4, channels=(8, 16), width=64, text_width=16, max_tokens=16, vocabulary=300),
+    vla=VLAConfig(horizon_steps=4, channels=(16, 32), width=64, text_width=16, max_tokens=16, vocabulary=300),
     sft=SFTConfig(steps=260, batch=48, lr=5e-3, shift_px=1),
 )
+
+
+class Worded(Point):
+    """`point` with these wordings of its task."""
+
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        super().__init__(PointOptions(size_px=16))
+        self._spec = replace(self._spec, instructions={"reach": texts})
 
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demos")
     backend = make_backend(BackendConfig("point", {"size_px": 16}))
-    collect_demos(backend, directory, DemosConfig(per_task=40), (), 60, lambda done, total: None)
+    collect_demos(lambda: backend, directory, DemosConfig(per_task=40, workers=1), (), 60, lambda done, total: None)
     return directory
 
 
@@ -46,7 +60,9 @@ def new_run(path: Path, demos: Path) -> RunDir:
     return RunDir(path)
 
 
-def train(run: RunDir, config: TrainerConfig = CONFIG, stop_at: int | None = None) -> str | None:
+def train(
+    run: RunDir, config: TrainerConfig = CONFIG, stop_at: int | None = None, start: Path | None = None
+) -> str | None:
     at = 0
 
     def progress(step: int, steps: int) -> None:
@@ -54,7 +70,7 @@ def train(run: RunDir, config: TrainerConfig = CONFIG, stop_at: int | None = Non
         assert at < step <= steps == config.sft.steps
         at = step
 
-    return run_sft(run, SPEC, config, 0, progress, lambda: at == stop_at)
+    return run_sft(run, SPEC, config, 0, progress, lambda: at == stop_at, start)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +113,20 @@ def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tupl
     assert np.mean(errors) < 0.7 * np.mean(spread)
 
 
+def test_each_demonstration_is_learned_with_the_wording_that_it_was_told(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path / "run"), replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8))
+    backend = Worded(("move the dot", "to the square go"))
+    collect_demos(lambda: backend, run.demos, config.demos, (), 60, lambda done, total: None)
+    seeds = [row.seed for row in demo_rows(EpisodeIndex(run.demos), "reach", config.demos)]
+    version = run_sft(run, Worded(("move", "the dot", "to the square go")).spec, config, 0, lambda step, steps: None)
+    assert version is not None
+    bundle = read_bundle(run.policies / version)
+    tokens = Policy.load(run.policies / version).tokens
+    learned = [tokens(instruction_of(backend.spec, "reach", seed)).tolist() for seed in seeds]
+    found = bundle.probe_inputs["tokens"].tolist()
+    assert found[0] == learned[0] and found[-1] == learned[-1]
+
+
 def test_metrics_and_the_last_checkpoint(finished: tuple[RunDir, str]) -> None:
     run, _ = finished
     lines = [json.loads(line) for line in (run.sft / "metrics.jsonl").read_text().splitlines()]
@@ -130,13 +160,14 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import msgspec
-import trainer.sft as sft
+import trainer.supervised
+from trainer.sft import run_sft
 from bridge.backends import make_backend
 from bridge.config import BackendConfig
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 
-sft.CHECKPOINT_EVERY_S = 0.0
+trainer.supervised.CHECKPOINT_EVERY_S = 0.0
 spec = make_backend(BackendConfig("point", {"size_px": 16})).spec
 
 def progress(step, steps):
@@ -145,7 +176,7 @@ def progress(step, steps):
         time.sleep(60)
 
 config = msgspec.json.decode(sys.argv[2], type=TrainerConfig)
-sft.run_sft(RunDir(Path(sys.argv[1])), spec, config, 0, progress)
+run_sft(RunDir(Path(sys.argv[1])), spec, config, 0, progress)
 """
 
 
@@ -175,6 +206,92 @@ def test_other_settings_start_anew(tmp_path: Path, demos: Path) -> None:
 def test_a_run_without_demonstrations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SFTError, match="no demonstration of 'reach'; run `fieldtune demos` first"):
         train(RunDir(tmp_path))
+
+
+def first_loss(run: RunDir) -> float:
+    return float(json.loads((run.sft / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+
+def test_from_a_base_it_keeps_what_was_learned_and_explores_as_asked(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    base = read_bundle(finished[0].policies / finished[1])
+    run = new_run(tmp_path / "tuned", demos)
+    config = replace(
+        CONFIG,
+        demos=DemosConfig(per_task=8),  # whose statistics are others than those of the base
+        vla=replace(CONFIG.vla, sigma=0.05, noise_correlation=0.6),
+        sft=replace(CONFIG.sft, steps=26),
+    )
+    version = train(run, config, start=base.path)
+    assert version is not None
+    tuned = read_bundle(run.policies / version)
+    assert tuned.spec.made["start"] == base.version and tuned.spec.parent == ""
+    assert tuned.tokenizer == base.tokenizer
+    for name in ("state_mean", "state_std"):
+        np.testing.assert_array_equal(tuned.weights[name], base.weights[name])
+    np.testing.assert_allclose(tuned.weights["log_sigma"], np.log(0.05), atol=1e-6)
+    assert tuned.spec.noise_correlation == 0.6 and base.spec.noise_correlation == 0.0
+    assert not np.array_equal(tuned.weights["head.weight"], base.weights["head.weight"])
+
+    scratch = new_run(tmp_path / "scratch", demos)
+    assert train(scratch, config, stop_at=25) is None
+    assert first_loss(run) < 0.5 * first_loss(scratch)
+    own = load_file(scratch.sft / "checkpoint-00000025" / "weights.safetensors")["state_mean"]
+    assert not np.allclose(own, base.weights["state_mean"], atol=1e-4)
+
+
+def test_another_base_starts_anew_and_one_of_another_network_is_refused(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    base = finished[0].policies / finished[1]
+    run = new_run(tmp_path / "run", demos)
+    config = replace(CONFIG, sft=replace(CONFIG.sft, steps=26))
+    assert train(run, config, stop_at=25) is None  # a checkpoint of a fresh network, which is not to be gone on from
+    fresh = first_loss(run)
+    assert train(run, config, stop_at=25, start=base) is None
+    assert first_loss(run) < 0.5 * fresh
+    wide = replace(CONFIG, vla=replace(CONFIG.vla, width=32))
+    with pytest.raises(BundleError, match=r"trainer\.vla"):
+        train(new_run(tmp_path / "wide", demos), wide, start=base)
+    with pytest.raises(BundleError, match="horizon"):
+        long = replace(CONFIG, vla=replace(CONFIG.vla, horizon_steps=6))
+        train(new_run(tmp_path / "long", demos), long, start=base)
+
+
+def test_the_auxiliary_head_is_learned_and_resumed_but_not_exported(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    config = replace(CONFIG, sft=replace(CONFIG.sft, steps=50, auxiliary=1.0))
+    run, resumed = new_run(tmp_path / "whole", demos), new_run(tmp_path / "resumed", demos)
+    assert train(resumed, config, stop_at=20) is None
+    for each in (run, resumed):
+        assert train(each, config, stop_at=40) is None
+    heads = [load_file(each.sft / "checkpoint-00000040" / "auxiliary.safetensors") for each in (run, resumed)]
+    np.testing.assert_array_equal(heads[0]["weight"], heads[1]["weight"])
+    assert heads[0]["weight"].shape == (4, CONFIG.vla.width)  # dot and goal, from what the policy's own head reads
+    version = train(run, config)
+    assert version is not None
+    shapes = {name: array.shape for name, array in weights(run, version).items()}
+    assert shapes == {name: array.shape for name, array in weights(*finished).items()}
+    lines = [json.loads(line) for line in (run.sft / "metrics.jsonl").read_text().splitlines()]
+    # Where things are has variance 1 in each element; nothing learned would leave that in the loss.
+    assert 0.1 < lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+def test_a_backend_without_privileged_state_has_nothing_to_predict(tmp_path: Path) -> None:
+    class Blind(Point):
+        def observe(self) -> Observation:
+            return dataclasses.replace(super().observe(), privileged=None)
+
+    backend = Blind(PointOptions(size_px=16))
+    backend._spec = replace(backend.spec, privileged=None)
+    run = RunDir(tmp_path / "run")
+    config = replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8, auxiliary=1.0))
+    collect_demos(backend, run.demos, config.demos, (), 60, lambda done, total: None)
+    with pytest.raises(SFTError, match=r"no privileged state; trainer\.sft\.auxiliary must be 0"):
+        run_sft(run, backend.spec, config, 0, lambda step, steps: None)
+    assert Registry(run.registry).live() is None
 
 
 def test_cloning_error_counts_executed_actions_only_in_half_ranges() -> None:

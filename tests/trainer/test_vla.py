@@ -111,7 +111,7 @@ def test_state_statistics() -> None:
         ({"tokens": 9}, "9 tokens"),
         ({"action": replace(SPEC.action, high=(1.0, math.inf))}, "finite limits"),
         ({"action": replace(SPEC.action, high=(1.0, 0.0))}, "low < high"),
-        ({"cameras": (CameraSpec("tiny", 3, 16),)}, "cannot be halved 2 times"),
+        ({"cameras": (CameraSpec("tiny", 3, 16),)}, "images of 3x16"),
     ],
 )
 def test_what_cannot_be_built_is_refused(changes: dict[str, object], message: str) -> None:

@@ -1,0 +1,222 @@
+"""The episodes in progress: assigned, decided chunk by chunk, logged, ended.
+
+One lock guards all of it and is held by whoever calls. What another thread has finished comes back through `finish`,
+which takes the lock.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+
+from bridge.backend import instruction_of
+from bridge.messages import (
+    Assignment,
+    Chunk,
+    EndEpisode,
+    EpisodeStored,
+    Infer,
+    NextEpisode,
+    NoEpisode,
+    check_observation,
+)
+from runtime.episode import FORMAT, DecisionRecord, End, EndRecord, EpisodeStart, ExecutedRecord
+from runtime.episodes import EpisodeLog
+from runtime.inference import Decided, InferenceThread, Infers, Pending
+from runtime.records import tensor_records
+from runtime.router import Router
+from runtime.schedule import Schedule
+from runtime.sessions import Arrays, OpenEpisode, RefusalError, Session, Sessions, take_report
+from runtime.status import Counters, EpisodeBrief
+
+
+class Rollouts:
+    """Takes each session through its episodes. Requests that do not fit raise `RefusalError` or `WireError`."""
+
+    def __init__(
+        self,
+        live: Callable[[], Infers],
+        log: EpisodeLog,
+        schedule: Schedule,
+        sessions: Sessions,
+        router: Router,
+        counters: Counters,
+        *,
+        explore: bool,
+        horizon_steps: int,
+        max_batch: int,
+        finish: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._live, self._log, self._schedule, self._sessions = live, log, schedule, sessions
+        self._router, self._counters = router, counters
+        self._explore, self._horizon_steps, self._finish = explore, horizon_steps, finish
+        self.inference = InferenceThread(live, max_batch, lambda decided: finish(lambda: self._decided(decided)))
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def next_episode(self, session: Session, message: NextEpisode) -> None:
+        """Abort what is open and assign the next episode."""
+        if session.spec is None:
+            raise RefusalError("spec", "spec", "this session said hello without a backend's spec")
+        self.abort(session, "the client asked for the next episode")
+        assigned = self._schedule.next(tuple(session.spec.instructions))
+        if assigned is None:
+            self._router.send(
+                session.identity, NoEpisode(request=message.request, finished=self._schedule.finished, retry_s=0.2)
+            )
+            return
+        task, seed = assigned
+        session.open = OpenEpisode(
+            # Names sort by time; the random part keeps them unique over restarts.
+            episode=f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}",
+            task=task,
+            seed=seed,
+            instruction=instruction_of(session.spec, task, seed),
+            horizon_steps=self._horizon_steps,
+        )
+        assignment = Assignment(
+            request=message.request,
+            episode=session.open.episode,
+            task=task,
+            seed=seed,
+            horizon_steps=self._horizon_steps,
+        )
+        self._router.send(session.identity, assignment)
+
+    def infer(self, session: Session, message: Infer, arrays: Arrays) -> None:
+        """Take the report on the last decision and queue the next."""
+        opened = _opened(session)
+        report = take_report(arrays)
+        k = self._check_report(opened, message, report)
+        opened.check_infer(message, k)
+        assert session.spec is not None
+        check_observation(arrays, session.spec)
+        self._note_report(opened, message.executed, k, report)
+        if not opened.started:
+            opened.started = True
+            self._log.start(
+                EpisodeStart(
+                    format=FORMAT,
+                    episode=opened.episode,
+                    task=opened.task,
+                    instruction=opened.instruction,
+                    seed=opened.seed,
+                    source="policy",
+                    explore=self._explore,
+                    client=session.client,
+                    spec=session.spec,
+                    started_unix_s=time.time(),
+                )
+            )
+        opened.decision += 1
+        opened.waiting = True
+        self.inference.submit(
+            Pending(
+                identity=session.identity,
+                session=session.session,
+                request=message.request,
+                episode=opened.episode,
+                decision=opened.decision,
+                step=message.step,
+                instruction=opened.instruction,
+                tensors=arrays,
+                explore=self._explore,
+                arrived_s=time.monotonic(),
+            )
+        )
+
+    def end_episode(self, session: Session, message: EndEpisode, arrays: Arrays) -> None:
+        """Take the report on the last decision and have the episode stored; that is answered when it is."""
+        opened = _opened(session)
+        report = take_report(arrays)
+        k = self._check_report(opened, message, report)
+        opened.check_end(message, k)
+        assert session.spec is not None
+        check_observation(arrays, session.spec)
+        self._note_report(opened, message.executed, k, report)
+        opened.storing = True
+
+        def stored(error: str | None) -> None:
+            self._finish(lambda: self._stored(session, opened, message, error))
+
+        record = EndRecord(status=message.status, steps=message.steps, reason="", tensors=tensor_records(arrays))
+        self._log.end(opened.episode, record, stored)
+
+    def abort(self, session: Session, reason: str) -> None:
+        """Keep the open episode, if there is one, as aborted."""
+        opened, session.open = session.open, None
+        if opened is None or opened.storing:
+            return
+        self._schedule.ended(opened.task, opened.seed, "aborted")
+        if opened.started:
+            self._count(opened, "aborted")
+            record = EndRecord(status="aborted", steps=opened.steps, reason=reason, tensors={})
+            self._log.end(opened.episode, record, lambda _error: None)
+
+    def _check_report(self, opened: OpenEpisode, message: Infer | EndEpisode, report: Arrays) -> int:
+        spec = self._live().spec
+        return opened.check_report(message, report, spec.horizon, len(spec.action.names))
+
+    def _note_report(self, opened: OpenEpisode, decision: int, k: int, report: Arrays) -> None:
+        """Only after the whole request was found good: one that is refused changes nothing."""
+        if not k:
+            return
+        opened.steps += k
+        opened.reported = decision
+        self._log.append(opened.episode, ExecutedRecord(decision=decision, tensors=tensor_records(report)))
+
+    # --- what other threads have finished -------------------------------------------------------------------------
+
+    def _decided(self, decided: list[Decided]) -> None:
+        now_s = time.monotonic()
+        for item in decided:
+            pending = item.pending
+            session = self._sessions.by_id.get(pending.session)
+            opened = session.open if session is not None else None
+            if session is None or opened is None or opened.episode != pending.episode:
+                self._counters.dropped += 1
+                continue
+            opened.waiting = False
+            if item.error:
+                opened.decision -= 1
+                self._router.refuse(pending.identity, pending.request, "internal", "inference", item.error)
+                continue
+            reply = Chunk(
+                request=pending.request, episode=pending.episode, decision=pending.decision, version=item.version
+            )
+            self._router.send(pending.identity, reply, {"actions": item.actions})
+            self._counters.decisions += 1
+            self._counters.latencies_s.append(now_s - pending.arrived_s)
+            session.decisions += 1
+            tensors = {**pending.tensors, "actions": item.actions}
+            if item.log_prob is not None:
+                tensors["log_prob"] = item.log_prob
+            record = DecisionRecord(
+                decision=pending.decision, step=pending.step, version=item.version, tensors=tensor_records(tensors)
+            )
+            self._log.append(pending.episode, record)
+
+    def _stored(self, session: Session, opened: OpenEpisode, message: EndEpisode, error: str | None) -> None:
+        """The log has spoken: acknowledge, or say that the episode is lost."""
+        if session.open is opened:
+            session.open = None
+        if error is not None:
+            self._schedule.ended(opened.task, opened.seed, "aborted")
+            self._counters.episodes["lost"] += 1
+            self._router.refuse(session.identity, message.request, "storage", "episode", f"not stored: {error}")
+            return
+        self._schedule.ended(opened.task, opened.seed, message.status)
+        self._count(opened, message.status)
+        session.episodes += 1
+        self._router.send(session.identity, EpisodeStored(request=message.request, episode=message.episode))
+
+    def _count(self, opened: OpenEpisode, status: End) -> None:
+        brief = EpisodeBrief(opened.task, status, opened.steps, self._live().version, self._counters.uptime_s)
+        self._counters.add_episode(brief)
+
+
+def _opened(session: Session) -> OpenEpisode:
+    if session.open is None:
+        raise RefusalError("episode", "episode", "no episode is open in this session; ask for the next one")
+    return session.open

@@ -1,0 +1,219 @@
+"""The results of several runs: the figures are those of the logs, for three seeds, for one, and for unfinished runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from run_logs import EPISODE_S, FIRST, LAST, evaluation, make_run, pooled_steps, store_evaluation, trial_row
+
+from bridge.backends.metaworld_bound import GoalBound, HandMotion, KinematicBound
+from bridge.backends.metaworld_tasks import MT10
+from bridge.config import BackendConfig
+from fieldtune import cli
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer.evaluate import load_evaluation
+from trainer.expert import bound_of, evaluate_expert
+from trainer.results import grouped, write_results
+from trainer.results_data import Contestant, ResultsError, read_run, training_hours
+from trainer.results_page import render
+from trainer.results_plots import windows
+from trainer.results_table import headline, verdict
+from trainer.statistics import Evaluation, ratio_interval, t_interval, wilson
+
+GOALS = 10
+
+
+def result(version: str, steps: int, failures: int = 0, tasks: tuple[str, ...] = MT10) -> Evaluation:
+    """Every task alike: the first `failures` goals fail, the others take about `steps`."""
+    return evaluation(
+        version, {task: [None] * failures + [steps + i % 2 for i in range(GOALS - failures)] for task in tasks}
+    )
+
+
+def contestant(path: Path) -> Contestant:
+    run = read_run(path)
+    bound = KinematicBound(HandMotion((0.01,), 0.01, 0.0), tuple(GoalBound(task, seed, 40) for task, seed in run.goals))
+    return Contestant(run, result("expert", 75), bound)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Contestant]:
+    root = tmp_path_factory.mktemp("runs")
+    for seed, (steps, failures) in enumerate([(44, 0), (46, 1), (48, 0)]):
+        make_run(root / f"s{seed}", MT10, result(FIRST, 78, 2), result(LAST, steps, failures), seed=seed)
+    return [contestant(root / f"s{seed}") for seed in range(3)]
+
+
+def test_the_headline_is_the_mean_over_seeds(three: list[Contestant]) -> None:
+    lines = {line.name: line for line in headline(three)}
+    success = lines["success, mean of the tasks"]
+    assert success.post is not None and success.sft is not None
+    assert success.post.mean == pytest.approx((1 + 0.9 + 1) / 3) and success.sft.mean == pytest.approx(0.8)
+    assert success.post.interval == pytest.approx(t_interval([1, 0.9, 1])) and success.post.seeds == 3
+    assert verdict(success) == "met"
+    steps = lines["steps over successes"]
+    means = [contestant.run.after.overall.steps for contestant in three if contestant.run.after]
+    assert steps.post is not None and steps.post.mean == pytest.approx(np.mean(means))
+    assert steps.moonshot == pytest.approx(1.05 * 40) and verdict(steps) == "met"
+    assert (
+        verdict(replace(steps, goal=46.0)) == "missed" and verdict(replace(steps, moonshot=47.0)) == "met, moonshot too"
+    )
+    ratio = lines["steps over successes against SFT"]
+    assert ratio.post is not None and ratio.post.mean == pytest.approx(np.mean([m / 78.5 for m in means]), abs=1e-3)
+    failing = lines["steps, failures counted at the horizon"]
+    assert failing.post is not None and failing.post.mean == pytest.approx(
+        (44.5 + (0.9 * 46.444 + 20) + 48.5) / 3, abs=1e-2
+    )
+    worst = lines["worst task's success"]
+    assert worst.post is not None and worst.post.mean == pytest.approx(2.9 / 3) and verdict(worst) == "met"
+    hours = lines["wall-clock of one seed"]
+    assert hours.sft is not None and hours.post is not None
+    assert hours.sft.mean == pytest.approx(0.1 + 100 * EPISODE_S / 3600)
+    assert hours.post.mean == pytest.approx(hours.sft.mean + 400 * EPISODE_S / 3600)
+
+
+def test_what_a_run_cost(three: list[Contestant]) -> None:
+    run = three[0].run
+    assert run.cost.env_steps == sum(row.steps for row in run.rows) and run.cost.episodes == 400
+    assert run.cost.decisions == sum(row.decisions for row in run.rows) - 8 * 3
+    hours = training_hours(run)
+    assert hours[0] == pytest.approx(EPISODE_S / 3600) and hours[-1] == pytest.approx(400 * EPISODE_S / 3600)
+    # An hour's pause after the fourth iteration is on the clock of the wall, not on the trainer's.
+    late = run.rows[200].ended_unix_s - EPISODE_S / 2
+    paused = replace(
+        run,
+        rows=tuple(replace(r, ended_unix_s=r.ended_unix_s + 3600 * (r.ended_unix_s > late)) for r in run.rows),
+        metrics=tuple({**m, "unix_s": m["unix_s"] + 3600 * (m["unix_s"] > late)} for m in run.metrics),
+    )
+    assert training_hours(paused)[-1] == pytest.approx(hours[-1])
+
+
+def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> None:
+    make_run(tmp_path / "many", MT10, result(FIRST, 76, 1), result(LAST, 40), demos=100)
+    store_evaluation(RunDir(tmp_path / "many").evaluation(LAST + "-held-out"), result(LAST, 41, 4))
+    runs = [contestant(tmp_path / "many"), *three]
+    assert {title: [c.run.name for c in group] for title, group in grouped(runs).items()} == {
+        "10 demonstrations a task": ["s0", "s1", "s2"],
+        "100 demonstrations a task": ["many"],
+    }
+    text = render(grouped(runs), {"100 demonstrations a task": {"A caption.": "pictures/some-name.png"}})
+    small, large = text.split("## 100 demonstrations a task")
+    assert "Mean over 3 seeds" in small and "One seed (n = 1)" in large
+    assert (
+        "| success, mean of the tasks | 0.800 [0.800, 0.800] | 0.967 [0.823, 1.000] | >= 0.930 (moonshot 0.980) | met |"
+        in small
+    )
+    low, high = wilson(90, 100)
+    assert f"| success, mean of the tasks | 0.900 [{low:.3f}, {high:.3f}] | 1.000 [0.963, 1.000] |" in large
+    assert "met, moonshot too" in large
+    afters = [c.run.after for c in three if c.run.after]
+    for task in MT10:
+        steps = pooled_steps(*afters, task=task)
+        assert re.search(
+            rf"\| {task} \| 78\.5 \[[\d., ]+\] \| {steps:.1f} \[[\d., ]+\] \| 75\.5 \[[\d., ]+\] \| 40\.0 \|", small
+        )
+    assert "Held-out instructions" not in small and "| held-out | 0 | - | 0.600 [" in large
+    assert "![some-name](pictures/some-name.png)\n\n*A caption.*" in large and "![" not in small
+    for version in (FIRST, LAST):
+        assert version in text
+    assert "Unfinished" not in text
+    assert small.count(" | 22.5% | ") == 3  # 0.05 to 0.40 in eight iterations of equal length
+
+
+def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) -> None:
+    tasks = MT10[:2]
+    make_run(
+        tmp_path / "two", tasks, result(FIRST, 78, tasks=tasks), result(LAST, 70, tasks=tasks), episodes_per_task=20
+    )
+    runs = [contestant(tmp_path / "two")]
+    assert all(line.goal is None and verdict(line) == "" for line in headline(runs))
+    page = write_results(runs, tmp_path / "docs" / "results.md")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert len(pictures) == len(set(pictures)) == 7
+    assert all((page.parent / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
+
+
+def test_unfinished_runs_say_so(tmp_path: Path) -> None:
+    make_run(tmp_path / "early", MT10, result(FIRST, 78), None)
+    make_run(tmp_path / "late", MT10, None, result(LAST, 60))
+    for name, missing in (
+        ("early", "post-training has not made a version"),
+        ("late", "the first version is not evaluated"),
+    ):
+        text = render(grouped([contestant(tmp_path / name)]), {})
+        assert f"- `{name}`: {missing}" in text and "| - |" in text
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ResultsError, match="not a run"):
+        read_run(tmp_path / "nothing")
+
+
+def test_a_version_that_was_only_evaluated_is_not_of_the_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", MT10, result(FIRST, 78), None)
+    run, other = RunDir(tmp_path / "run"), "f" * 64
+    Registry(run.registry).add(other, parent="e" * 64, made={"command": "import", "from": "mt10"})
+    store_evaluation(run.evaluation(other), result(other, 50))
+    found = read_run(run.path)
+    assert (found.first.version, found.last, found.after, found.versions) == (FIRST, None, None, 1)
+
+
+def test_only_common_goals_count(tmp_path: Path) -> None:
+    more = evaluation(LAST, {task: [50] * 2 * GOALS for task in MT10})
+    make_run(tmp_path / "run", MT10, result(FIRST, 78), more)
+    run = read_run(tmp_path / "run")
+    assert run.after is not None and run.after.overall.n == 10 * GOALS and len(run.goals) == 10 * GOALS
+    assert any("not evaluated on the same goals" in note for note in run.unfinished)
+
+
+def test_windows_of_training() -> None:
+    rows = [trial_row("reach-v3", i, i % 2 == 0, 50 + i, i) for i in range(25)]
+    x = [float(i) for i in range(25)]
+    success = windows(rows, x, "success", 2)
+    assert [(w.x, w.y) for w in success] == [(12.0, 7 / 13)] and (success[0].low, success[0].high) == wilson(7, 13)
+    steps = windows(rows, x, "steps", 40)
+    assert [w.y for w in steps] == [54.0, 64.0] and steps[0].low < 54 < steps[0].high
+    assert windows(rows[:5], x, "steps", 40) == [] and windows([rows[1]] * 10, x, "steps", 40) == []
+
+
+def test_the_expert_on_the_goals_of_an_evaluation(tmp_path: Path) -> None:
+    run, config = RunDir(tmp_path), BackendConfig("point")
+    goals = [("reach", seed) for seed in range(20)]
+    calls: list[tuple[int, int]] = []
+    found = evaluate_expert(run, config, goals, 30, lambda *call: calls.append(call))
+    assert found is not None and found.overall.successes == 20 and found.version == "expert" and calls[-1] == (20, 20)
+    assert found.overall.steps is not None and 9 < found.overall.steps < 30
+    calls.clear()
+    assert evaluate_expert(run, config, goals, 30, lambda *call: calls.append(call)) == found and calls == [(20, 20)]
+    short = evaluate_expert(run, config, goals, 3, lambda *_: None)  # another horizon is another evaluation
+    assert short is not None and short.overall.successes == 0 and short.overall.steps_all == 3
+    assert bound_of(run, config, goals) is None
+
+
+def test_the_command_takes_directories_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = tmp_path / "dot", tmp_path / "docs" / "results.md"
+    tasks = ("reach",)
+    make_run(path, tasks, result(FIRST, 30, tasks=tasks), result(LAST, 15, tasks=tasks), backend="point")
+    assert cli.run(["report", str(path), "--results", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"results": str(page)}
+    text = page.read_text(encoding="utf-8")
+    expert = load_evaluation(RunDir(path), "expert")
+    assert expert is not None and expert.overall.n == GOALS and "None is known for these tasks." in text
+    assert f"| reach | 30.5 [30.2, 30.8] | 15.5 [15.2, 15.8] | {expert.overall.steps:.1f} [" in text
+    assert cli.run(["report", str(path), "--set", "seed=1"]) == 2
+    assert "--set is for configurations" in capsys.readouterr().err
+    assert cli.run(["report", str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_intervals_over_seeds_and_of_a_ratio() -> None:
+    low, high = t_interval([0.90, 0.92, 0.97]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((0.8404, 1.0196), abs=1e-3)  # mean 0.93, s 0.03606, t(2) 4.303
+    assert t_interval([0.9]) is None
+    rng = np.random.default_rng(0)
+    above, below = [list(rng.normal(40, 5, 400))], [list(rng.normal(80, 5, 400))]
+    interval = ratio_interval(above, below)
+    assert interval is not None and interval[0] < 0.5 < interval[1] and interval[1] - interval[0] < 0.02
+    assert ratio_interval([], below) is None
