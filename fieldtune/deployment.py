@@ -68,7 +68,7 @@ def find_bundle(name_or_path: str) -> Path:
 
 def shipped_bundles() -> dict[str, Path]:
     """Name -> directory of the policies that ship with fieldtune."""
-    return {path.name: path for path in sorted((_shipped() / "policies").glob("*")) if path.is_dir()}
+    return {path.name: path for path in sorted((shipped_configs() / "policies").glob("*")) if path.is_dir()}
 
 
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:

@@ -15,10 +15,9 @@ from runtime.rundir import RunDir
 
 
 def first_version(run: RunDir) -> str | None:
-    """The version that the run's live one descends from (what supervised fine-tuning made); None without a version."""
-    registry = Registry(run.registry)
-    live = registry.live()
-    return None if live is None else registry.lineage(live)[-1].version
+    """The version that the run started from (what supervised fine-tuning made); None without one."""
+    served = Registry(run.registry).served()
+    return served[0].version if served else None
 
 
 def branch(source: RunDir, target: RunDir, version: str) -> None:

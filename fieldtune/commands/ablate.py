@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -21,10 +22,12 @@ from runtime.durable import write_atomic, write_json
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import ChildFailedError, stop_on_signals
-from trainer.statistics import Evaluation, Result
+from trainer.evaluate import load_evaluation
+from trainer.statistics import Comparison, Evaluation, Result, compare
 
 RESULT = "ablation.json"
-START = "sft"
+MARKDOWN = "ablations.md"
+START, FULL = "sft", "full"
 START_WHY = "Where all of them start: the policy before any post-training."
 
 Files = Annotated[
@@ -100,7 +103,7 @@ def ablate(
         print_json({"rows": finished, "failed": failed})
     else:
         out.print(_terminal_table(finished))
-        out.print(f"table: {start.run.path / 'ablations.md'}")
+        out.print(f"table: {start.run.path / MARKDOWN}")
     return 1 if failed else 0
 
 
@@ -176,11 +179,20 @@ def _row(
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-HEADERS = ("", "success (Wilson 95 %)", "steps to success", "steps, failures at the horizon", "env steps", "minutes")
+HEADERS = (
+    "",
+    "success (Wilson 95 %)",
+    "steps to success",
+    "steps, failures at the horizon",
+    "success against full (McNemar)",
+    "steps against full, same goals",
+    "env steps",
+    "minutes",
+)
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """The figures of a row as text, in the order of `HEADERS`."""
+def cells(row: Row, against: Comparison | None) -> tuple[str, ...]:
+    """The figures of a row as text, in the order of `HEADERS`; `against` compares it with the whole method."""
     result = row.result
     low, high = result.success_interval
     return (
@@ -188,12 +200,21 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{result.success:.2f} [{low:.2f}, {high:.2f}]",
         steps_text(result.steps, result.steps_interval),
         steps_text(result.steps_all, result.steps_all_interval),
+        f"{(against.gained - against.lost) / against.goals:+.2f}, p {against.mcnemar_p:.2g}" if against else "-",
+        steps_text(against.steps_difference, against.steps_difference_interval) if against else "-",
         f"{row.env_steps:,}",
         f"{row.minutes:.1f}",
     )
 
 
-def markdown(rows: list[Row]) -> str:
+def compared(rows: list[Row]) -> dict[str, Comparison]:
+    """Every row but the whole method's against it, on the goals of both, by name; none before that is finished."""
+    evaluations = {row.name: load_evaluation(RunDir(row.deployment.run_dir), row.version) for row in rows}
+    full = evaluations.pop(FULL, None)
+    return {name: compare(full, other) for name, other in evaluations.items() if full is not None and other is not None}
+
+
+def markdown(rows: list[Row], comparisons: Mapping[str, Comparison]) -> str:
     """The table as Markdown, with what each ablation changes and why."""
     first = rows[0]
     budget = {key: value for key, value in msgspec.to_builtins(first.deployment.trainer.stop).items() if value}
@@ -209,19 +230,20 @@ def markdown(rows: list[Row]) -> str:
     ]
     for row in rows:
         changes = ", ".join(f"`{override}`" for override in row.overrides)
-        lines.append("| " + " | ".join((*cells(row), changes, row.why)) + " |")
+        lines.append("| " + " | ".join((*cells(row, comparisons.get(row.name)), changes, row.why)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _write_table(run: RunDir, rows: list[Row]) -> None:
     """`ablations.md` and `ablations.json` in the base run, with what is finished so far."""
     if rows:
-        write_atomic(run.path / "ablations.md", markdown(rows).encode())
-        write_json(run.path / "ablations.json", {"rows": rows})
+        comparisons = compared(rows)
+        write_atomic(run.path / MARKDOWN, markdown(rows, comparisons).encode())
+        write_json(run.path / "ablations.json", {"rows": rows, "against_full": comparisons})
 
 
 def _terminal_table(rows: list[Row]) -> Table:
-    table = list_table(*HEADERS)
+    table, comparisons = list_table(*HEADERS), compared(rows)
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row, comparisons.get(row.name)))
     return table
