@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("fieldtune.commands.evaluate:evaluate", "evaluate a version on goals never trained on"),
     "demos": ("fieldtune.commands.train:demos", "collect scripted demonstrations"),
     "sft": ("fieldtune.commands.train:sft", "fine-tune the VLA on the demonstrations; makes the first version"),
+    "ablate": ("fieldtune.commands.ablate:ablate", "run the method with one thing changed at a time, and compare"),
     "pretrain": ("fieldtune.commands.pretrain:pretrain", "make a base policy that others are fine-tuned from"),
     "report": ("fieldtune.commands.report:report", "write the report of a run, or one page of the results of several"),
     "status": ("fieldtune.commands.status:status", "show what a running deployment does"),

@@ -36,7 +36,9 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
 
 def config_names() -> list[str]:
     """Names of the configurations that ship with fieldtune."""
-    return sorted(path.name.removesuffix(".yaml") for path in _shipped().iterdir() if path.name.endswith(".yaml"))
+    return sorted(
+        path.name.removesuffix(".yaml") for path in shipped_configs().iterdir() if path.name.endswith(".yaml")
+    )
 
 
 def find_config(name_or_path: str) -> Path:
@@ -44,7 +46,7 @@ def find_config(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    shipped = _shipped() / f"{name_or_path}.yaml"
+    shipped = shipped_configs() / f"{name_or_path}.yaml"
     if shipped.is_file():
         return shipped
     raise ConfigError(
@@ -66,7 +68,7 @@ def find_bundle(name_or_path: str) -> Path:
 
 def shipped_bundles() -> dict[str, Path]:
     """Name -> directory of the policies that ship with fieldtune."""
-    return {path.name: path for path in sorted((_shipped() / "policies").glob("*")) if path.is_dir()}
+    return {path.name: path for path in sorted((shipped_configs() / "policies").glob("*")) if path.is_dir()}
 
 
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
@@ -75,7 +77,7 @@ def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deploym
     return parse(load_yaml(path), Deployment, str(path), overrides)
 
 
-def _shipped() -> Path:
+def shipped_configs() -> Path:
     """`configs/`: inside the installed package, or beside it in a checkout."""
     installed = Path(str(resources.files("fieldtune"))) / "configs"
     return installed if installed.is_dir() else Path(__file__).resolve().parent.parent / "configs"
