@@ -264,5 +264,18 @@ MT50: tuple[str, ...] = tuple(TRAINING)
 MT40: tuple[str, ...] = tuple(task for task in MT50 if task not in MT10)
 """The forty tasks of MT50 that are not in MT10: what a policy may have learned before it sees MT10."""
 
+_MEDIUM = (
+    "basketball bin-picking box-close coffee-pull coffee-push hammer peg-insert-side push-wall soccer sweep sweep-into"
+)
+_HARD = "assembly hand-insert pick-out-of-hole pick-place push push-back"
+_VERY_HARD = "shelf-place disassemble stick-pull stick-push pick-place-wall"
+_NOT_EASY = {
+    f"{task}-v3": difficulty
+    for difficulty, tasks in (("medium", _MEDIUM), ("hard", _HARD), ("very hard", _VERY_HARD))
+    for task in tasks.split()
+}
+DIFFICULTY: dict[str, str] = {task: _NOT_EASY.get(task, "easy") for task in MT50}
+"""Task -> easy, medium, hard or very hard, by which success on MT50 is usually told (Seo et al., arXiv 2206.14244)."""
+
 GROUPS: dict[str, tuple[str, ...]] = {"mt10": MT10, "mt40": MT40, "mt50": MT50}
 """Words that stand for a list of tasks in a configuration."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from msgspec.structs import replace
 from run_logs import EPISODE_S, FIRST, LAST, evaluation, make_run, pooled_steps, store_evaluation, trial_row
 
 from bridge.backends.metaworld_bound import GoalBound, HandMotion, KinematicBound
-from bridge.backends.metaworld_tasks import MT10
+from bridge.backends.metaworld_tasks import DIFFICULTY, MT10, MT50
 from bridge.config import BackendConfig
 from fieldtune import cli
 from runtime.registry import Registry
@@ -122,6 +123,18 @@ def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> No
         assert version in text
     assert "Unfinished" not in text
     assert small.count(" | 22.5% | ") == 3  # 0.05 to 0.40 in eight iterations of equal length
+
+
+def test_success_on_mt50_is_told_by_difficulty_too(tmp_path: Path) -> None:
+    assert Counter(DIFFICULTY.values()) == {"easy": 28, "medium": 11, "hard": 6, "very hard": 5}
+    before = result(FIRST, 80, 2, MT50)
+    very_hard = {task for task, difficulty in DIFFICULTY.items() if difficulty == "very hard"}
+    after = evaluation(LAST, {task: [None if task in very_hard else 50] * GOALS for task in MT50})
+    make_run(tmp_path / "all", MT50, before, after)
+    text = render(grouped([contestant(tmp_path / "all")]), {})
+    low, high = wilson(0, 5 * GOALS)
+    assert f"| very hard (5 tasks) | 0.80 [0.67, 0.89] | 0.00 [{low:.2f}, {high:.2f}] |" in text
+    assert "| easy (28 tasks) | 0.80 [" in text and "] | 1.00 [" in text
 
 
 def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) -> None:
