@@ -32,7 +32,7 @@ demo: install ## install, then the whole loop on one MetaWorld task: minutes, tw
 	$(BIN)/fieldtune up $(CONFIG)
 
 test: install-dev ## all tests; under ten minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install-dev ## ruff and mypy
 	$(BIN)/ruff check .
