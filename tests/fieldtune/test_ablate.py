@@ -17,12 +17,15 @@ import pytest
 
 from fieldtune.ablation import ablated_overrides, ablation_names, load_ablated, load_ablation
 from fieldtune.cli import run
+from fieldtune.commands import ablate as ablate_command
 from fieldtune.commands.ablate import Row, finished_before
 from fieldtune.commands.up import Up
 from fieldtune.deployment import load_deployment
 from runtime.durable import write_json
 from runtime.registry import Registry
 from runtime.rundir import RunDir
+from runtime.supervisor import ChildFailedError
+from trainer.evaluate import EvaluationError
 from trainer.statistics import Trial, result_of
 
 TINY = (
@@ -104,6 +107,25 @@ def test_what_earlier_calls_finished_is_in_the_table_if_its_settings_are_the_sam
     assert [row.name for row in finished_before(start, ())] == ["full", "no_ppo"]
     assert [row.name for row in finished_before(start, {"no_ppo"})] == ["full"]
     assert finished_before(start_of("trainer.ppo.epochs=9"), ()) == []
+
+
+@pytest.mark.parametrize("error", [EvaluationError("no server"), ChildFailedError("no runtime")])
+def test_neither_an_evaluation_nor_a_process_that_fails_stops_the_others(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def row_of(_start: Up, _child: Up, name: str, _ablation: object) -> None:
+        ran.append(name)
+        if name == "full":
+            raise error
+
+    monkeypatch.setattr(ablate_command, "_row_of_start", lambda start: None)
+    monkeypatch.setattr(ablate_command, "_row_of", row_of)
+    assert run(["ablate", "full", "no_ppo", "--base", "point", "--json", "--set", f"runs={tmp_path}"]) == 1
+    assert ran == ["full", "no_ppo"]
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["failed"] == ["full"] and f"ablation full failed: {error}" in printed.err
 
 
 @pytest.mark.slow
