@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -22,7 +23,7 @@ from runtime.durable import write_atomic, write_json
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import ChildFailedError, stop_on_signals
-from trainer.evaluate import load_evaluation
+from trainer.evaluate import EvaluationError, load_evaluation
 from trainer.statistics import Comparison, Evaluation, Result, compare
 
 RESULT = "ablation.json"
@@ -65,7 +66,8 @@ def ablate(
 
     Each starts from the policy that the base run started from (demonstrations and fine-tuning are done first if the run
     is new), learns in a run of its own, RUNS/NAME-ablation-X, and is evaluated with the mean action on the evaluation
-    goals. Ctrl-C stops; the same command goes on, and what is finished is not run again.
+    goals. Ctrl-C stops; the same command goes on, and what is finished is not run again. The table has what earlier
+    calls finished with the same settings, too.
 
     Examples:
       fieldtune ablate --base quickstart --set trainer.stop.env_steps=200000
@@ -84,18 +86,19 @@ def ablate(
     start = Up(deployment, config, overrides, stop_on_signals(), as_json)
     runs = {name: _child(start, name, ablation) for name, ablation in chosen.items()}  # all mistakes before any work
     rows = [_row_of_start(start)]
+    rows += finished_before(start, set(chosen))
     failed: list[str] = []
     for name, child in runs.items():
         if start.stop.is_set():
             break
         try:
             rows.append(_row_of(start, child, name, chosen[name]))
-        except ChildFailedError as error:
+        except (ChildFailedError, EvaluationError) as error:
             # The others say something without it.
             warn(f"ablation {name} failed: {error}")
             failed.append(name)
-        _write_table(start.run, [row for row in rows if row is not None])
-    finished = [row for row in rows if row is not None]
+        _write_table(start.run, _in_order(rows))
+    finished = _in_order(rows)
     if start.stop.is_set():
         start.say("stopped; the same command goes on from here")
         return 1
@@ -154,6 +157,27 @@ def _row_of(start: Up, child: Up, name: str, ablation: Ablation) -> Row | None:
     row = _row(child, name, ablation.why, ablation.overrides, evaluation, last_metrics(child.run.metrics))
     write_json(result, row)
     return row
+
+
+def finished_before(start: Up, chosen: Collection[str]) -> list[Row]:
+    """Rows of ablations that are not `chosen` now, but were finished from this start with the settings of this call."""
+    rows = []
+    for path in sorted(start.run.path.parent.glob(f"{glob.escape(start.deployment.name)}-ablation-*/{RESULT}")):
+        try:
+            row = msgspec.json.decode(path.read_bytes(), type=Row)
+            ablation = Ablation(base=start.config, why=row.why, overrides=row.overrides)
+            overrides = ablated_overrides(start.deployment, start.overrides, row.name, ablation)
+            same = load_ablated(start.config, start.deployment, overrides, row.name) == row.deployment
+        except (msgspec.ValidationError, ConfigError):
+            continue  # settings of another version of fieldtune
+        if same and row.name not in chosen and first_version(RunDir(path.parent)) == first_version(start.run):
+            rows.append(row)
+    return rows
+
+
+def _in_order(rows: list[Row | None]) -> list[Row]:
+    """The start, the whole method, then the others as they came; without those that were stopped."""
+    return sorted((row for row in rows if row is not None), key=lambda row: (row.name != START, row.name != FULL))
 
 
 def _start_version(start: Up) -> str:

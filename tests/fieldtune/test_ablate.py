@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fieldtune.ablation import ablated_overrides, ablation_names, load_ablated, load_ablation
 from fieldtune.cli import run
+from fieldtune.commands import ablate as ablate_command
+from fieldtune.commands.ablate import Row, finished_before
+from fieldtune.commands.up import Up
 from fieldtune.deployment import load_deployment
+from runtime.durable import write_json
 from runtime.registry import Registry
 from runtime.rundir import RunDir
+from runtime.supervisor import ChildFailedError
+from trainer.evaluate import EvaluationError
+from trainer.statistics import Trial, result_of
 
 TINY = (
     "trainer.demos.per_task=20",
@@ -56,6 +70,64 @@ def test_bad_ablations_are_refused_before_any_work(tmp_path: Path, capsys: pytes
     assert "have different bases (metaworld_mt10, point)" in refused("full", str(budget))
 
 
+def test_what_earlier_calls_finished_is_in_the_table_if_its_settings_are_the_same(tmp_path: Path) -> None:
+    def start_of(*settings: str) -> Up:
+        overrides = (f"runs={tmp_path}", *settings)
+        return Up(load_deployment("point", overrides), "point", overrides, threading.Event(), quiet=True)
+
+    def finish(start: Up, name: str, version: str) -> None:
+        _, ablation = load_ablation(name)
+        overrides = ablated_overrides(start.deployment, start.overrides, name, ablation)
+        deployment = load_ablated("point", start.deployment, overrides, name)
+        run_dir = RunDir(deployment.run_dir)
+        Registry(run_dir.registry).add(version, parent="", made={})
+        Registry(run_dir.registry).set_live(version, why="start")
+        row = Row(
+            name=name,
+            why=ablation.why,
+            overrides=ablation.overrides,
+            version=version,
+            env_steps=1,
+            minutes=1.0,
+            result=result_of([[Trial("reach", 1, True, 5)]], 0, 40),
+            deployment=deployment,
+        )
+        write_json(run_dir.path / "ablation.json", row)
+
+    start = start_of()
+    Registry(start.run.registry).add("a" * 64, parent="", made={})
+    Registry(start.run.registry).set_live("a" * 64, why="start")
+    finish(start, "full", "a" * 64)
+    finish(start, "no_ppo", "a" * 64)
+    finish(start, "learned_sigma", "b" * 64)  # from another start
+    finish(start_of("trainer.stop.iterations=99"), "chunk_1", "a" * 64)  # with another budget
+    broken = tmp_path / "point-ablation-chunk_4" / "ablation.json"
+    broken.parent.mkdir()
+    broken.write_bytes(msgspec.json.encode({"name": "chunk_4"}))  # of another version of fieldtune
+    assert [row.name for row in finished_before(start, ())] == ["full", "no_ppo"]
+    assert [row.name for row in finished_before(start, {"no_ppo"})] == ["full"]
+    assert finished_before(start_of("trainer.ppo.epochs=9"), ()) == []
+
+
+@pytest.mark.parametrize("error", [EvaluationError("no server"), ChildFailedError("no runtime")])
+def test_neither_an_evaluation_nor_a_process_that_fails_stops_the_others(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def row_of(_start: Up, _child: Up, name: str, _ablation: object) -> None:
+        ran.append(name)
+        if name == "full":
+            raise error
+
+    monkeypatch.setattr(ablate_command, "_row_of_start", lambda start: None)
+    monkeypatch.setattr(ablate_command, "_row_of", row_of)
+    assert run(["ablate", "full", "no_ppo", "--base", "point", "--json", "--set", f"runs={tmp_path}"]) == 1
+    assert ran == ["full", "no_ppo"]
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["failed"] == ["full"] and f"ablation full failed: {error}" in printed.err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_one_start_one_budget_one_table_and_nothing_runs_twice(
@@ -95,5 +167,55 @@ def test_one_start_one_budget_one_table_and_nothing_runs_twice(
     before = {path: path.stat().st_mtime_ns for path in runs.glob("point-ablation-*/trainer/*")}
     assert ablate("full", "no_ppo", code=0)["rows"] == answer["rows"]
     assert {path: path.stat().st_mtime_ns for path in runs.glob("point-ablation-*/trainer/*")} == before
+    assert ablate("no_ppo", code=0)["rows"] == answer["rows"], "full was finished before, so it stays and is compared"
+    assert json.loads((runs / "point" / "ablations.json").read_text(encoding="utf-8")) == table
     assert run(["ablate", "full", "--base", "point", *settings, "--set", "trainer.ppo.epochs=9"]) == 2
     assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[bytes]]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            process.kill()  # its children see that their parent is gone
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_control_c_stops_an_ablation_and_the_same_command_goes_on_with_it(
+    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+) -> None:
+    iterations = 12
+    child = RunDir(tmp_path / "point-ablation-full")
+    settings = (*TINY, f"trainer.stop.iterations={iterations}", f"runs={tmp_path}")
+    line = [sys.executable, "-m", "fieldtune", "ablate", "full", "--base", "point"]
+    line += [word for setting in settings for word in ("--set", setting)]
+    output = tmp_path / "ablate.log"
+
+    def start() -> subprocess.Popen[bytes]:
+        with output.open("ab") as log:
+            started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    def metrics() -> list[str]:
+        return child.metrics.read_text(encoding="utf-8").splitlines() if child.metrics.exists() else []
+
+    process = start()
+    deadline_s = time.monotonic() + 90
+    while not metrics():
+        assert process.poll() is None and time.monotonic() < deadline_s, output.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 1, output.read_text()
+    before = metrics()
+    assert 0 < len(before) < iterations, "stopped in the middle"
+    assert "the same command goes on from here" in output.read_text()
+    assert not (child.path / "ablation.json").exists()
+
+    assert start().wait(200) == 0, output.read_text()
+    assert metrics()[: len(before)] == before and len(metrics()) == iterations
+    rows = json.loads((tmp_path / "point" / "ablations.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["name"] for row in rows] == ["sft", "full"]
