@@ -75,7 +75,7 @@ def test_a_bundle_is_found_by_directory_or_by_the_name_that_it_ships_under(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(deployments, "_shipped", lambda: tmp_path / "configs")
+    monkeypatch.setattr(deployments, "shipped_configs", lambda: tmp_path / "configs")
     assert shipped_bundles() == {}
     with pytest.raises(ConfigError, match=r"^base: no such directory, and no shipped policy of that name \(none\)$"):
         find_bundle("base")

@@ -124,7 +124,7 @@ class Wide(Point):
 @pytest.fixture
 def shipped(tmp_path: Path, tiny_bundle: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> TinyBundle:
     """Ship the configuration `point` and one policy, `made`, and run in an empty directory."""
-    monkeypatch.setattr(deployment, "_shipped", lambda: tmp_path)
+    monkeypatch.setattr(deployment, "shipped_configs", lambda: tmp_path)
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "configs" / "point.yaml", tmp_path)
 
