@@ -28,6 +28,7 @@ class _Shipped:
 _SHIPPED = {
     "metaworld": _Shipped("bridge.backends.metaworld", "MetaWorld", ("metaworld", "mujoco"), "metaworld"),
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
+    "lerobot": _Shipped("bridge.backends.lerobot", "LeRobot"),
     "point": _Shipped("bridge.backends.point", "Point"),
 }
 
