@@ -30,6 +30,8 @@ _SHIPPED = {
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
     "lerobot": _Shipped("bridge.backends.lerobot", "LeRobot"),
     "point": _Shipped("bridge.backends.point", "Point"),
+    # Above the bridge, as a class of a user is: it reads the episode log. A name here is no import.
+    "replay": _Shipped("runtime.replay", "Replay"),
 }
 
 BACKENDS = tuple(_SHIPPED)
