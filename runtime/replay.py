@@ -114,9 +114,7 @@ class Replay:
         difference = min(self._difference(action, logged) for logged in (playing.actions[playing.step], sent))
         playing.differences.append(difference)
         playing.step += 1
-        if difference <= SAME:
-            return sent.copy()
-        return np.clip(np.asarray(action, np.float32), limits.low, limits.high).astype(np.float32)
+        return sent.copy() if difference <= SAME else self._clipped(action)
 
     def outcome(self) -> Outcome:
         """The logged reward; at the end the logged status if every action was the logged one, else a time-out."""
@@ -133,8 +131,7 @@ class Replay:
         """No change where actions are deltas, else what was sent last (at the start: first)."""
         playing = self._running()
         if self._spec.action.kind == "delta":
-            limits = self._spec.action
-            return np.clip(np.zeros(len(limits.names)), limits.low, limits.high).astype(np.float32)
+            return self._clipped(np.zeros(len(self._half_range), np.float32))
         return playing.sent[max(playing.step - 1, 0)].copy()
 
     def stop(self) -> None:
@@ -148,6 +145,9 @@ class Replay:
         if self._playing is None:
             raise BackendError("no episode is being played; call reset() first")
         return self._playing
+
+    def _clipped(self, action: Float32) -> Float32:
+        return np.asarray(np.clip(action, self._spec.action.low, self._spec.action.high), np.float32)
 
     def _difference(self, action: Float32, logged: Float32) -> float:
         return float(np.max(np.abs(action.astype(np.float64) - logged) / self._half_range))

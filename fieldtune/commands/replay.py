@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from rich.table import Column
 
 from bridge.backend import ActionSpec
 from bridge.errors import FieldtuneError
@@ -39,7 +40,8 @@ def replay_episode(
     had several robots to answer at once. If it is more, the log and the bundle do not belong together, and the exit
     code is 1. With --policy a second version decides on the same observations.
 
-    Actions differ in half ranges (1: half of what an action can be), log-probs in nats.
+    Actions differ in half ranges (1: half of what an action can be), log-probs in nats. The ratio of the second version
+    is the log-prob of the executed actions under it minus the logged one.
 
     Examples:
       fieldtune episodes replay quickstart 019ab3...
@@ -60,7 +62,9 @@ def replay_episode(
     if other is None and not any(acted):
         missing = ", ".join(version[:12] for version in whole.versions) or "any version"
         raise FieldtuneError(f"{run.policies} has no bundle of {missing}, which acted; give another with --policy")
-    instead = decide_again(other, whole.start, whole.decisions) if other else [None] * len(whole.decisions)
+    instead: list[Again | None] = [None] * len(whole.decisions)
+    if other is not None:
+        instead[:] = decide_again(other, whole.start, whole.decisions)
     rows = _rows(whole, acted, instead)
     if as_json:
         print_json({"episode": whole.start.episode, "policy": other.version if other else None, "decisions": rows})
@@ -133,34 +137,34 @@ def _print(rows: list[dict[str, Any]], whole: Episode, other: str | None) -> Non
     start = whole.start
     out.print(f"{start.episode}  {start.task} seed {start.seed}: {whole.status} after {whole.steps} steps")
     out.print(f"instruction: {start.instruction}")
-    headers = ["step", "version", "executed", "exact", "actions", "log-prob"]
+    sampled = any(decision.log_prob is not None for decision in whole.decisions)
+    headers = ["step", "version", "executed", "exact", "actions", *(["log-prob"] if sampled else [])]
     if other:
         out.print(f"*: {other[:8]} on the same observations")
-        headers += ["mean*", "actions*", "log ratio*"]
-    table = list_table(*headers)
+        headers += ["mean*", "actions*", *(["ratio*"] if sampled else [])]
+    table = list_table(*(Column(header, no_wrap=True) for header in headers))
     for row in rows:
         acted, instead = row["acted"] or {}, row["instead"] or {}
         cells = [str(row["step"]), row["version"][:8], str(row["executed"])]
-        cells += [{True: "yes", False: "no"}.get(acted.get("identical"), "-")]
-        cells += [_text(acted.get("actions")), _text(acted.get("log_prob"))]
+        exact = ("yes" if acted["identical"] else "no") if acted else "-"
+        cells += [exact, _text(acted.get("actions"))]
+        cells += [_text(acted.get("log_prob"))] if sampled else []
         if other:
-            cells += [_text(row["mean"]), _text(instead["actions"]), _text(instead["log_ratio"])]
+            cells += [_text(row["mean"]), _text(instead["actions"])]
+            cells += [_text(instead["log_ratio"])] if sampled else []
         table.add_row(*cells)
     out.print(table)
     acted = [row["acted"] for row in rows if row["acted"]]
     if acted:
         same = sum(found["identical"] for found in acted)
-        out.print(
-            f"by the version that acted: {same} of {len(acted)} decisions to the bit; largest difference "
-            f"{_most(found['actions'] for found in acted)} of an action, "
-            f"{_most(found['log_prob'] for found in acted)} of a log-prob"
-        )
+        text = f"by the version that acted: {same} of {len(acted)} decisions to the bit; largest difference "
+        text += f"{_most(found['actions'] for found in acted)} of an action"
+        out.print(text + (f", {_most(found['log_prob'] for found in acted)} of a log-prob" if sampled else ""))
     if other:
-        out.print(
-            f"by {other[:8]} instead: largest difference of a mean {_most(row['mean'] for row in rows)}, on average "
-            f"over decisions {_average(row['mean'] for row in rows)}; log-prob of what was executed minus the logged "
-            f"one, on average {_average(row['instead']['log_ratio'] for row in rows)} a decision"
-        )
+        text = f"by {other[:8]} instead: means differ by at most {_most(row['mean'] for row in rows)}, on average over "
+        text += f"decisions by {_average(row['mean'] for row in rows)}"
+        ratio = _average(row["instead"]["log_ratio"] for row in rows)
+        out.print(text + (f"; log ratio of what was executed, on average {ratio}" if sampled else ""))
 
 
 def _known(values: Any) -> list[float]:
@@ -177,4 +181,4 @@ def _average(values: Any) -> str:
 
 
 def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value:.2g}"
