@@ -132,7 +132,8 @@ class Replay:
         playing = self._running()
         if self._spec.action.kind == "delta":
             return self._clipped(np.zeros(len(self._half_range), np.float32))
-        return playing.sent[max(playing.step - 1, 0)].copy()
+        sent: Float32 = playing.sent[max(playing.step - 1, 0)]
+        return sent.copy()
 
     def stop(self) -> None:
         """Nothing moves."""
