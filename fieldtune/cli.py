@@ -38,6 +38,7 @@ COMMANDS = {
     "policies rollback": ("fieldtune.commands.policies:rollback", "make an earlier version live again"),
     "episodes list": ("fieldtune.commands.episodes:list_episodes", "list logged episodes"),
     "episodes show": ("fieldtune.commands.episodes:show_episode", "show one episode, decision by decision"),
+    "episodes replay": ("fieldtune.commands.replay:replay_episode", "make an episode's decisions again, and compare"),
     "bundle list": ("fieldtune.commands.bundle:list_bundles", "list the policies that ship with fieldtune"),
     "bundle make": ("fieldtune.commands.bundle:make", "make a bundle from any ONNX policy and a spec"),
     "bundle inspect": ("fieldtune.commands.bundle:inspect", "show what a bundle sees and gives"),

@@ -70,13 +70,14 @@ Record = EpisodeStart | DecisionRecord | ExecutedRecord | EndRecord
 
 @dataclass(slots=True)
 class Decision:
-    """One decision of an episode.
+    """One decision of an episode. Its `number` (1, 2, 3, ...) says which noise it was drawn with.
 
     `actions` float32 `[h, d]` is the chunk as sampled, `log_prob` float32 `[h]` its log-prob by action under the
     behaviour policy (None where the mean was taken or an expert acted). The first `len(sent)` = k actions were
     executed: `sent` float32 `[k, d]` is what the backend really sent, `reward` float32 `[k]` the backend's own reward.
     """
 
+    number: int
     step: int
     version: str
     observation: Observation

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec, Observation
 from bridge.messages import WireError, check_observation
-from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord
+from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord, Record
 from runtime.episode_file import EpisodeError
 from runtime.records import RecordError, scan_records, tensor_arrays
 
-__all__ = ["EpisodeError", "read_episode"]
+__all__ = ["EpisodeError", "read_episode", "read_start"]
 
 Arrays = dict[str, NDArray[Any]]
+T = TypeVar("T")
 
 
 def read_episode(path: Path) -> Episode:
@@ -25,14 +27,34 @@ def read_episode(path: Path) -> Episode:
     A decision that was never reported as executed has `sent` `[0, d]` and `reward` `[0]`. Raises `EpisodeError` for a
     file that is missing, damaged, not ended, or whose records do not fit together or the backend's spec in it.
     """
+    return _with_path(_read, path)
+
+
+def read_start(path: Path) -> EpisodeStart:
+    """Read only how an episode began. Raises `EpisodeError` for a file that is missing or does not begin as one."""
+    return _with_path(_read_start, path)
+
+
+def _with_path(read: Callable[[Path], T], path: Path) -> T:
     try:
-        return _read(path)
+        return read(path)
     except RecordError as error:
         raise EpisodeError(path, str(error)) from error
     except WireError as error:
         raise EpisodeError(path, f"a record holds a wrong tensor: {error}") from error
     except OSError as error:
         raise EpisodeError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _read_start(path: Path) -> EpisodeStart:
+    with path.open("rb") as file:
+        return _start(path, next((record for record, _ in scan_records(file)), None))
+
+
+def _start(path: Path, record: Record | None) -> EpisodeStart:
+    if not isinstance(record, EpisodeStart) or record.format != FORMAT:
+        raise EpisodeError(path, f"does not begin with a start of format {FORMAT}")
+    return record
 
 
 def _read(path: Path) -> Episode:
@@ -44,9 +66,7 @@ def _read(path: Path) -> Episode:
     with path.open("rb") as file:
         for record, offset in scan_records(file):
             if start is None:
-                if not isinstance(record, EpisodeStart) or record.format != FORMAT:
-                    raise EpisodeError(path, f"does not begin with a start of format {FORMAT}")
-                start = record
+                start = _start(path, record)
                 continue
             if end is not None:
                 raise EpisodeError(path, f"goes on after its last record, up to byte {offset}")
@@ -80,6 +100,7 @@ def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:
     if log_prob is not None:
         _check("log_prob", log_prob, (len(actions),))
     return Decision(
+        number=record.decision,
         step=record.step,
         version=record.version,
         observation=_observation(arrays, spec),

@@ -76,6 +76,11 @@ def test_the_bridge_imports_on_a_computer_that_has_only_what_it_needs() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_log_is_played_back_on_a_computer_that_has_only_the_bridge() -> None:
+    done = run_without([*HEAVY, *SIMULATORS, "rich", "tyro"], "import runtime.replay")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["doctor"], ["drive", "--help"], ["--help"], ["keys", "--help"]])
 def test_a_bare_installation_runs(arguments: list[str]) -> None:
     done = run_without([*HEAVY, *SIMULATORS], f"from fieldtune.cli import run\nsys.exit(run({arguments!r}))")

@@ -28,7 +28,10 @@ class _Shipped:
 _SHIPPED = {
     "metaworld": _Shipped("bridge.backends.metaworld", "MetaWorld", ("metaworld", "mujoco"), "metaworld"),
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
+    "lerobot": _Shipped("bridge.backends.lerobot", "LeRobot"),
     "point": _Shipped("bridge.backends.point", "Point"),
+    # Above the bridge, as a class of a user is: it reads the episode log. A name here is no import.
+    "replay": _Shipped("runtime.replay", "Replay"),
 }
 
 BACKENDS = tuple(_SHIPPED)

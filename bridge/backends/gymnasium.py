@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from msgspec import Meta, Struct
-from numpy.typing import NDArray
 
 from bridge.backend import (
     ActionSpec,
@@ -21,6 +20,7 @@ from bridge.backend import (
     UInt8,
     VectorSpec,
 )
+from bridge.backends.resizing import Resizer
 from bridge.config import ConfigError
 
 _OPTIONS = "$.backend.options"
@@ -76,7 +76,7 @@ class Gymnasium:
         self._observation: Any = None
         self._outcome = Outcome("running", 0.0)
         self._saw_success_key = False
-        self._resizers: dict[tuple[int, int, int], _Resizer] = {}
+        self._resizers: dict[tuple[int, int, int], Resizer] = {}
         self._closed = False
 
     @property
@@ -182,7 +182,7 @@ class Gymnasium:
             )
         key = (image.shape[0], image.shape[1], camera.size_px)
         if key not in self._resizers:
-            self._resizers[key] = _Resizer(*key)
+            self._resizers[key] = Resizer(key[:2], (camera.size_px, camera.size_px))
         return self._resizers[key](image)
 
     def _read_spec(self) -> BackendSpec:
@@ -246,33 +246,6 @@ class Gymnasium:
                 f"{_OPTIONS}.state: the observation of {self._options.id} is {space}, expected {expected}"
             )
         return VectorSpec(names=tuple(names), units=("unknown",) * len(names))
-
-
-class _Resizer:
-    """Resizes uint8 `[H, W, 3]` to `[size, size, 3]` by area: each new pixel is the mean of what it covers.
-
-    Where the image grows this is the nearest pixel, mixed at borders.
-    """
-
-    def __init__(self, height: int, width: int, size: int) -> None:
-        self._rows = _area_weights(height, size)
-        self._columns = _area_weights(width, size)
-        self._same = height == width == size
-
-    def __call__(self, image: UInt8) -> UInt8:
-        if self._same:
-            return image.copy()
-        rows = np.tensordot(self._rows, image.astype(np.float32), axes=(1, 0))
-        resized = np.tensordot(rows, self._columns, axes=(1, 1)).transpose(0, 2, 1)
-        return np.ascontiguousarray(np.rint(resized).astype(np.uint8))
-
-
-def _area_weights(old: int, new: int) -> NDArray[np.float32]:
-    """`[new, old]`: the share of each old pixel in each new one; rows sum to 1."""
-    edges = np.linspace(0.0, old, new + 1)
-    pixel = np.arange(old)
-    overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return np.asarray(np.maximum(overlap, 0.0) * (new / old), np.float32)
 
 
 def _make(options: GymnasiumOptions) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,9 +9,10 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Column
 
+from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
-from runtime.index import EpisodeIndex
+from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
 
@@ -44,7 +44,7 @@ def list_episodes(
         status: only episodes that ended so
         version: only episodes that this version drove
     """
-    index = EpisodeIndex(_directory(run_dir(load_deployment(config, overrides)), log))
+    index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
     rows = index.list(limit=limit, task=task, status=status, version=version)
     if as_json:
         print_json({"episodes": rows})
@@ -82,11 +82,8 @@ def show_episode(
         episode: id of the episode
         log: the deployment's episodes or the demonstrations
     """
-    index = EpisodeIndex(_directory(run_dir(load_deployment(config, overrides)), log))
-    row = index.get(episode)
-    if row is None:
-        sys.stderr.write(f"fieldtune: no episode {episode} in {index.directory}\n")
-        return 1
+    index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
+    row = find_episode(index, episode)
     whole = read_episode(index.path(row))
     decisions = [
         {
@@ -119,5 +116,14 @@ def show_episode(
     return 0
 
 
-def _directory(run: RunDir, log: Log) -> Path:
+def log_directory(run: RunDir, log: Log) -> Path:
+    """Where the log is."""
     return run.demos if log == "demos" else run.episodes
+
+
+def find_episode(index: EpisodeIndex, episode: str) -> EpisodeRow:
+    """The row of an episode, by its whole id; raises `FieldtuneError` where there is none."""
+    row = index.get(episode)
+    if row is None:
+        raise FieldtuneError(f"no episode {episode} in {index.directory}")
+    return row

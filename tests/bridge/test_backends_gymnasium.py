@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bridge.backend import Backend, BackendError
 from bridge.backends import make_backend
-from bridge.backends.gymnasium import Gymnasium, _area_weights, _Resizer
+from bridge.backends.gymnasium import Gymnasium
+from bridge.backends.resizing import Resizer, area_weights
 from bridge.config import BackendConfig, ConfigError
 from bridge.messages import check_observation, observation_tensors
 
@@ -189,17 +190,17 @@ def test_options_that_do_not_fit_the_environment(options, expected):
 def test_resize_by_a_whole_factor_is_the_mean_of_blocks():
     image = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
     blocks = image.reshape(12, 2, 12, 3, 3).astype(float).mean(axis=(1, 3))
-    np.testing.assert_allclose(_Resizer(24, 36, 12)(image), blocks, atol=0.51)
+    np.testing.assert_allclose(Resizer((24, 36), (12, 12))(image), blocks, atol=0.51)
 
 
 def test_resize_up_by_a_whole_factor_repeats_pixels():
     image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
-    np.testing.assert_array_equal(_Resizer(4, 4, 8)(image), image.repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(Resizer((4, 4), (8, 8))(image), image.repeat(2, 0).repeat(2, 1))
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_area_weights_share_out_every_pixel(old, new):
-    weights = _area_weights(old, new)
+    weights = area_weights(old, new)
     assert (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(weights.sum(axis=0), new / old, rtol=1e-4)

@@ -67,6 +67,7 @@ def episode(
         actions = rng.normal(size=(horizon, 2)).astype(np.float32)
         decisions.append(
             Decision(
+                number=i + 1,
                 step=step,
                 version=versions[min(i, len(versions) - 1)],
                 observation=observation(rng),

@@ -40,6 +40,7 @@ def episode(chunks: list[tuple[int, int]], horizon: int) -> Episode:
     """Decisions as (step, executed actions); what was sampled is 99 everywhere, what was sent is `sent_at`."""
     decisions = [
         Decision(
+            number=i + 1,
             step=step,
             version="v",
             observation=Observation({"eye": np.full((4, 5, 3), step, np.uint8)}, np.array([step], np.float32)),
@@ -48,7 +49,7 @@ def episode(chunks: list[tuple[int, int]], horizon: int) -> Episode:
             sent=np.array([sent_at(step + j) for j in range(k)], np.float32).reshape(k, 2),
             reward=np.zeros(k, np.float32),
         )
-        for step, k in chunks
+        for i, (step, k) in enumerate(chunks)
     ]
     return Episode(START, decisions, "success", max((s + k for s, k in chunks), default=0))
 

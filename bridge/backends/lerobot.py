@@ -1,0 +1,281 @@
+"""Any LeRobot `Robot`: an object with `observation_features`, `action_features`, `connect`, `get_observation`,
+`send_action` and `disconnect`.
+
+LeRobot itself is not imported here. The options name the class, and whatever has these members will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bridge.backend import BackendError, BackendSpec, Float32, Observation, Outcome, UInt8
+from bridge.backends.lerobot_features import OPTIONS, LeRobotOptions, read_spec
+from bridge.backends.resizing import Resizer
+from bridge.config import ConfigError
+
+__all__ = ["LeRobot", "LeRobotOptions"]
+
+_PROPERTIES = ("observation_features", "action_features")
+_METHODS = ("connect", "get_observation", "send_action", "disconnect")
+
+
+class LeRobot:
+    """The backend. Whether the task is done is for the operator to say: `outcome` is always running.
+
+    The robot's own errors have no class in common, so every one of them becomes a `BackendError` here.
+    """
+
+    def __init__(self, options: LeRobotOptions) -> None:
+        """Make the robot, as its features are the spec; nothing is connected. Raises `ConfigError` naming the option
+        that is wrong.
+        """
+        self._options = options
+        self._robot = _make_robot(options)
+        self._spec = read_spec(self._robot.observation_features, self._robot.action_features, options)
+        self._low, self._high = (np.array(x, np.float32) for x in (self._spec.action.low, self._spec.action.high))
+        self._resizers: dict[tuple[int, ...], Resizer] = {}
+        self._connected = False
+        self._sent: Float32 | None = None
+        # While it holds, one and the same target is sent: reading a new one each time would follow a sagging arm down.
+        self._held: Float32 | None = None
+
+    @property
+    def spec(self) -> BackendSpec:
+        """Names and order are those of the robot's features; units, limits and rate those of the options."""
+        return self._spec
+
+    def connect(self) -> None:
+        """Connect; nothing happens if that is done. A robot that was never calibrated is refused: calibrating asks
+        questions, and moves the arm.
+        """
+        if self._connected:
+            return
+        asks = "calibrate" in inspect.signature(self._robot.connect).parameters
+        try:
+            self._robot.connect(**({"calibrate": False} if asks else {}))
+            calibrated = getattr(self._robot, "is_calibrated", True)
+        except Exception as error:
+            self._give_up_robot()
+            raise BackendError(
+                f"{self._name} cannot be connected: {_said(error)}; check power, cables and the ports in "
+                f"{OPTIONS}.config, and that no other program has them open"
+            ) from error
+        if not calibrated:
+            self._give_up_robot()
+            raise BackendError(
+                f"{self._name} is not calibrated; run `lerobot-calibrate` for this robot, with the same id as in "
+                f"{OPTIONS}.config"
+            )
+        self._connected = True
+        self._sent = self._held = None
+
+    def reset(self, task: str, seed: int) -> None:
+        """Nothing moves: the scene is put back by a person. `seed` chooses the wording only."""
+        self._check_connected()
+        if task not in self._spec.instructions:
+            raise BackendError(f"there is no task {task!r} here; the tasks are {', '.join(self._spec.instructions)}")
+        self._held = None  # somebody may have moved the arm by hand
+
+    def observe(self) -> Observation:
+        """Read the robot once, all its cameras with it."""
+        reading = self._read()
+        state = self._numbers(reading, self._spec.state.names, "get_observation")
+        return Observation({camera.name: self._image(reading, camera.name) for camera in self._spec.cameras}, state)
+
+    def apply(self, action: Float32) -> Float32:
+        """Clip to the limits and send; returns float32 `[d]` as the robot says that it was sent."""
+        self._check_connected()
+        size = len(self._spec.action.names)
+        if np.shape(action) != (size,) or not np.isfinite(action).all():
+            raise BackendError(f"an action of {self._name} is {size} finite numbers, not {action!r}")
+        if self._held is not None and np.array_equal(action, self._held):
+            # Where the robot stands may be outside the limits; holding must not move it to them.
+            return self._send(self._held)
+        self._held = None
+        return self._send(np.clip(np.asarray(action, np.float32), self._low, self._high))
+
+    def outcome(self) -> Outcome:
+        """Running, with no reward: a robot does not know."""
+        return Outcome("running", 0.0)
+
+    def hold_action(self) -> Float32:
+        """Float32 `[d]`: what the options say, 0 for a delta, and where the robot stands now for a position.
+
+        It stays the same until another action is applied. Where the robot cannot be read any more it is what was sent
+        last.
+        """
+        if self._held is None:
+            self._held = self._find_hold()
+        return self._held.copy()
+
+    def stop(self) -> None:
+        """Send the hold action. Raises `BackendError` where the robot does not take it: then only a person can."""
+        if not self._connected:
+            return
+        try:
+            self._send(self.hold_action())
+        except BackendError as error:
+            raise BackendError(f"{error}; it may still move: use its emergency stop or cut its power") from error
+
+    def close(self) -> None:
+        """Disconnect. Many robots let go of their torque with that; their configuration says whether."""
+        if not self._connected:
+            return
+        self._connected = False
+        try:
+            self._robot.disconnect()
+        except Exception as error:
+            self._give_up_robot()
+            raise BackendError(
+                f"{self._name} cannot be disconnected: {_said(error)}; its motors may still have torque"
+            ) from error
+
+    @property
+    def _name(self) -> str:
+        return self._options.robot
+
+    def _check_connected(self) -> None:
+        if not self._connected:
+            raise BackendError(f"{self._name} is not connected; call connect() first")
+
+    def _give_up_robot(self) -> None:
+        """Let the robot go and make a new one: LeRobot does not connect a robot that is half connected."""
+        with contextlib.suppress(Exception):
+            self._robot.disconnect()
+        self._robot = _make_robot(self._options)
+
+    def _read(self) -> Mapping[str, Any]:
+        self._check_connected()
+        try:
+            reading: Mapping[str, Any] = self._robot.get_observation()
+        except Exception as error:
+            raise BackendError(
+                f"{self._name} cannot be read: {_said(error)}; check cables, power and cameras, then connect again"
+            ) from error
+        return reading
+
+    def _send(self, action: Float32) -> Float32:
+        self._check_connected()
+        names = self._spec.action.names
+        try:
+            sent = self._robot.send_action(dict(zip(names, action.tolist(), strict=True)))
+        except Exception as error:
+            raise BackendError(
+                f"{self._name} took no action: {_said(error)}; check cables and power, then connect again"
+            ) from error
+        self._sent = self._numbers(sent, names, "send_action")
+        return self._sent.copy()
+
+    def _find_hold(self) -> Float32:
+        names = self._spec.action.names
+        still = 0.0 if self._options.kind == "delta" else None
+        hold = {name: still if still is not None else self._options.actions[name].hold for name in names}
+        read = tuple(name for name, value in hold.items() if value is None)
+        if read:
+            try:
+                stands = self._numbers(self._read(), read, "get_observation").tolist()
+            except BackendError:
+                # A camera that is gone fails the whole reading, and must not keep the arm from holding.
+                if self._sent is None:
+                    raise
+                sent = dict(zip(names, self._sent.tolist(), strict=True))
+                stands = [sent[name] for name in read]
+            hold.update(zip(read, stands, strict=True))
+        return np.array([hold[name] for name in names], np.float32)
+
+    def _numbers(self, values: Any, names: tuple[str, ...], source: str) -> Float32:
+        """The named values as float32 `[n]`."""
+        try:
+            vector = np.array([float(values[name]) for name in names], np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BackendError(
+                f"{source}() of {self._name} gives no number for each of {', '.join(names)}: {_said(error)}; its "
+                "features promise them"
+            ) from error
+        if not np.isfinite(vector).all():
+            wrong = [name for name, x in zip(names, vector, strict=True) if not np.isfinite(x)]
+            raise BackendError(f"{source}() of {self._name} gives {', '.join(wrong)} as not finite; is it plugged in?")
+        return vector
+
+    def _image(self, reading: Mapping[str, Any], name: str) -> UInt8:
+        image = np.asarray(reading.get(name))
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise BackendError(
+                f"camera {name} of {self._name} gives {image.dtype}{list(image.shape)}, expected uint8 [H, W, 3]"
+            )
+        wanted = self._options.cameras[name]
+        key = (*image.shape[:2], wanted.height, wanted.width)
+        if key not in self._resizers:
+            self._resizers[key] = Resizer((image.shape[0], image.shape[1]), (wanted.height, wanted.width))
+        return self._resizers[key](image)
+
+
+def _make_robot(options: LeRobotOptions) -> Any:
+    """The robot that the options name, not connected; raises `ConfigError`."""
+    kind = _find_class(options.robot, f"{OPTIONS}.robot")
+    where = f"{OPTIONS}.config"
+    fields = dict(options.config)
+    if "class" not in fields:
+        default = getattr(kind, "config_class", None)
+        if default is None:
+            raise ConfigError(f"{where}.class: missing; {options.robot} has no config_class, so name module:Class")
+        config = _call(default, _built(fields, where), where)
+    else:
+        config = _built(fields, where)
+    try:
+        robot = kind(config)
+    except Exception as error:
+        raise ConfigError(f"{OPTIONS}.robot: {options.robot} cannot be made: {_said(error)}") from error
+    for name in _PROPERTIES:
+        if not isinstance(getattr(robot, name, None), Mapping):
+            raise ConfigError(f"{OPTIONS}.robot: {options.robot} has no {name}; it is not a LeRobot robot")
+    for name in _METHODS:
+        if not callable(getattr(robot, name, None)):
+            raise ConfigError(f"{OPTIONS}.robot: {options.robot} has no method {name}(); it is not a LeRobot robot")
+    return robot
+
+
+def _built(value: Any, where: str) -> Any:
+    """`value` with each mapping that has a key `class` made into an object of that class, from the inside out."""
+    if isinstance(value, list):
+        return [_built(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    fields = {key: _built(item, f"{where}.{key}") for key, item in value.items() if key != "class"}
+    if "class" not in value:
+        return fields
+    return _call(_find_class(value["class"], f"{where}.class"), fields, where)
+
+
+def _call(kind: Any, fields: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**fields)
+    except Exception as error:
+        raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} refuses it: {_said(error)}") from error
+
+
+def _find_class(name: Any, where: str) -> Any:
+    module_name, _, class_name = str(name).partition(":")
+    if not module_name or not class_name:
+        raise ConfigError(f"{where}: expected module:Class (found {name!r})")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{where}: the module of {name!r} cannot be imported: {error}; install it in this environment (LeRobot's "
+            "own robots: pip install lerobot, with the extra of their motors), or use the backend `remote`"
+        ) from error
+    kind = getattr(module, class_name, None)
+    if not isinstance(kind, type):
+        raise ConfigError(f"{where}: {module_name} has no class {class_name!r}")
+    return kind
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

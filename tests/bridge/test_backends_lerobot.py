@@ -1,0 +1,272 @@
+"""The backend `lerobot`, against a stand-in with the interface of LeRobot's robots."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lerobot_robot import Arm
+
+from bridge.backend import Backend, BackendError, HasExpert
+from bridge.backends import make_backend
+from bridge.backends.lerobot import LeRobot
+from bridge.backends.lerobot_features import LeRobotOptions, read_spec
+from bridge.config import BackendConfig, ConfigError, load_yaml, parse
+from bridge.messages import check_observation, observation_tensors
+
+JOINT = {"low": -2.0, "high": 2.0, "unit": "deg"}
+ACTIONS = {
+    "gripper.pos": {"low": 0, "high": 100.0, "unit": "%"},
+    "shoulder_pan.pos": JOINT,
+    "elbow_flex.pos": JOINT,
+}
+CAMERA = {"class": "lerobot_robot:CameraConfig", "width": 12, "height": 8}
+OPTIONS: dict[str, Any] = {
+    "robot": "lerobot_robot:Arm",
+    "config": {"port": "/dev/arm", "cameras": {"wrist": CAMERA, "front": CAMERA}},
+    "control_hz": 30,
+    "actions": ACTIONS,
+    "cameras": {"wrist": {"height": 8, "width": 10}},
+    "instructions": {"pick": ["pick up the block", "take the block"]},
+}
+
+
+def make(**changes: Any) -> LeRobot:
+    backend = make_backend(BackendConfig("lerobot", {**OPTIONS, **changes}))
+    assert isinstance(backend, LeRobot)
+    return backend
+
+
+def connected(**changes: Any) -> tuple[LeRobot, Arm]:
+    backend = make(**changes)
+    backend.connect()
+    backend.reset("pick", 0)
+    return backend, backend._robot
+
+
+def with_config(**changes: Any) -> dict[str, Any]:
+    return {**OPTIONS["config"], **changes}
+
+
+def vector(*values: float) -> Any:
+    return np.array(values, np.float32)
+
+
+def test_features_and_options_make_the_spec_in_the_order_of_the_robot():
+    backend = make()
+    assert isinstance(backend, Backend) and not isinstance(backend, HasExpert)
+    spec = backend.spec
+    assert spec.action.names == spec.state.names == ("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos")
+    assert spec.action.units == spec.state.units == ("deg", "deg", "%")
+    assert (spec.action.low, spec.action.high) == ((-2.0, -2.0, 0.0), (2.0, 2.0, 100.0))
+    assert [(c.name, c.height, c.width) for c in spec.cameras] == [("wrist", 8, 10)]
+    assert spec.paced and spec.control_hz == 30.0 and spec.action.kind == "absolute"
+    assert spec.instructions == {"pick": ("pick up the block", "take the block")}
+
+
+def test_the_state_can_be_named():
+    spec = make(state={"voltage": "V", "elbow_flex.pos": "deg"}).spec
+    assert (spec.state.names, spec.state.units) == (("elbow_flex.pos", "voltage"), ("deg", "V"))
+
+
+def test_the_configuration_of_the_robot_is_made_from_the_inside_out():
+    _, arm = connected(config=with_config(**{"class": "lerobot_robot:ArmConfig"}, max_relative_target=0.5))
+    assert (arm.config.port, arm.config.max_relative_target) == ("/dev/arm", 0.5)
+    assert (arm.config.cameras["wrist"].height, arm.config.cameras["wrist"].fps) == (8, 30)
+
+
+def test_an_observation_is_what_the_spec_says_and_what_the_robot_saw():
+    backend, arm = connected(cameras={"wrist": {"height": 8, "width": 12}, "front": {"height": 8, "width": 8}})
+    arm.positions["gripper"] = 40.0
+    seen = backend.observe()
+    check_observation(observation_tensors(seen), backend.spec)
+    assert seen.state.tolist() == [1.5, 1.5, 40.0]
+    np.testing.assert_array_equal(seen.images["wrist"], arm.get_observation()["wrist"])
+    assert seen.images["front"].shape == (8, 8, 3)
+
+
+def test_what_was_really_sent_is_returned():
+    backend, arm = connected(config=with_config(max_relative_target=0.25))
+    assert backend.apply(vector(9, -9, 1.5)).tolist() == [1.75, 1.25, 1.5]
+    # The limits came first, then the robot's own cap.
+    assert arm.commands == [{"shoulder_pan.pos": 2.0, "elbow_flex.pos": -2.0, "gripper.pos": 1.5}]
+    assert backend.outcome().status == "running"
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [0.0, 0.0, math.nan], [[0.0, 0.0, 0.0]]])
+def test_an_action_that_is_none_is_not_sent(bad):
+    backend, arm = connected()
+    with pytest.raises(BackendError, match="3 finite numbers"):
+        backend.apply(np.array(bad, np.float32))
+    assert arm.commands == []
+
+
+def test_holding_sends_one_target_until_something_else_is_applied():
+    backend, arm = connected()
+    arm.positions.update(shoulder_pan=0.5, gripper=-3.0)
+    hold = backend.hold_action()
+    assert hold.tolist() == [0.5, 1.5, -3.0]
+    # It stands outside its limits, and stays there: the limit would be a movement.
+    assert backend.apply(hold).tolist() == [0.5, 1.5, -3.0]
+    arm.positions["shoulder_pan"] = 0.25  # it sags
+    assert backend.hold_action().tolist() == [0.5, 1.5, -3.0]
+    backend.apply(vector(1, 1, 1))
+    assert backend.hold_action().tolist() == [1, 1, 1]
+    arm.positions["elbow_flex"] = 0.75  # moved by hand between two episodes
+    backend.reset("pick", 1)
+    assert backend.hold_action().tolist() == [1, 0.75, 1]
+
+
+def test_stop_holds_where_the_robot_is_as_often_as_it_is_called():
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    arm.positions["elbow_flex"] = 0.25  # blocked on its way
+    for _ in range(3):
+        backend.stop()
+    assert arm.positions == {"shoulder_pan": 1.0, "elbow_flex": 0.25, "gripper": 1.0}
+    assert len(arm.commands) == 4
+    backend.close()
+    backend.close()
+    backend.stop()
+    assert arm.disconnects == 1
+
+
+def test_a_camera_that_is_gone_does_not_keep_the_arm_from_holding():
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    arm.missing = TimeoutError("no frame for 1000 ms")
+    with pytest.raises(BackendError, match=r"cannot be read: TimeoutError: no frame.*check cables"):
+        backend.observe()
+    backend.stop()
+    assert arm.commands[-1] == dict.fromkeys(("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"), 1.0)
+
+
+def test_a_cable_that_is_pulled_is_said_and_stop_says_that_it_could_not():
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    arm.fault = OSError("Input/output error")
+    with pytest.raises(BackendError, match="took no action: OSError: Input/output error"):
+        backend.apply(vector(1, 1, 1))
+    with pytest.raises(BackendError, match="emergency stop or cut its power"):
+        backend.stop()
+    with pytest.raises(BackendError, match="cannot be disconnected"):
+        backend.close()
+    # Plugged in again: the robot was made anew, for LeRobot's does not connect twice.
+    backend.connect()
+    assert backend.observe().state.tolist() == [1.5] * 3
+
+
+def test_a_velocity_holds_at_what_the_options_say():
+    moving = {"x.vel": {"low": -1.0, "high": 1.0, "unit": "m/s", "hold": 0.0}}
+    backend, base = connected(robot="lerobot_robot:Base", actions=moving, cameras={})
+    backend.apply(vector(0.5))
+    backend.stop()
+    assert base.positions == {"x.vel": 0.0}
+
+
+def test_a_delta_holds_at_zero():
+    backend, _ = connected(kind="delta")
+    assert backend.hold_action().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": with_config(port="/dev/unplugged")}, "cannot be connected: ConnectionError: no such port; check"),
+        ({"robot": "lerobot_robot:Uncalibrated"}, "is not calibrated; run `lerobot-calibrate`"),
+    ],
+)
+def test_a_robot_that_cannot_be_connected_says_what_to_do_each_time(changes, message):
+    backend = make(**changes)
+    for _ in range(2):
+        with pytest.raises(BackendError, match=message):
+            backend.connect()
+    with pytest.raises(BackendError, match=r"connect\(\) first"):
+        backend.observe()
+    backend.stop()
+    backend.close()
+
+
+def test_a_robot_of_third_parties_connects():
+    backend, _ = connected(robot="lerobot_robot:Plain")
+    backend.connect()
+    with pytest.raises(BackendError, match="the tasks are pick"):
+        backend.reset("push", 0)
+
+
+@pytest.mark.parametrize(
+    ("reading", "message"),
+    [
+        ({"shoulder_pan.pos": 1.0}, "gives no number for each of"),
+        (dict.fromkeys(ACTIONS, "1,5"), "gives no number for each of"),
+        (dict.fromkeys(ACTIONS, math.inf), "as not finite"),
+        (dict.fromkeys(ACTIONS, 1.0), "camera wrist .* gives object"),
+        ({**dict.fromkeys(ACTIONS, 1.0), "wrist": np.zeros((8, 12), np.uint8)}, r"gives uint8\[8, 12\], expected"),
+    ],
+)
+def test_a_reading_that_is_not_what_was_promised_is_refused(reading, message, monkeypatch):
+    backend, arm = connected()
+    monkeypatch.setattr(arm, "get_observation", lambda: reading)
+    with pytest.raises(BackendError, match=message):
+        backend.observe()
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in ACTIONS.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": without("gripper.pos")}, "options.actions: 'gripper.pos' is missing; every action"),
+        ({"actions": {**ACTIONS, "gripper.pos": {"low": 0, "unit": "%"}}}, "missing required field `high`"),
+        ({"actions": {**ACTIONS, "griper.pos": JOINT}}, "options.actions.griper.pos: the robot has no action feature"),
+        ({"actions": {**ACTIONS, "gripper.pos": {**JOINT, "low": 2}}}, "low 2.0 must be below high 2.0"),
+        ({"actions": {**ACTIONS, "gripper.pos": {**JOINT, "high": math.inf}}}, "both finite"),
+        ({"actions": {**ACTIONS, "gripper.pos": {**JOINT, "hold": 3}}}, "gripper.pos.hold: 3.0 is outside the limits"),
+        ({"actions": {**ACTIONS, "gripper.pos": {**JOINT, "unit": "deg/s"}}}, "a velocity needs it"),
+        ({"robot": "lerobot_robot:Base", "actions": {"x.vel": JOINT}, "cameras": {}}, "a velocity needs it"),
+        ({"robot": "lerobot_robot:Vector"}, "its action 'all' is (3,)"),
+        ({"robot": "lerobot_robot:NoFeatures"}, "has no observation_features"),
+        ({"robot": "lerobot_robot:NoSend"}, "has no method send_action()"),
+        ({"robot": "lerobot_robot:Ram"}, "options.robot: lerobot_robot has no class 'Ram'"),
+        ({"robot": "Arm"}, "options.robot: expected module:Class"),
+        ({"robot": "no_such_module_here:Arm"}, "install it in this environment"),
+        ({"robot": "lerobot_robot:CameraConfig"}, "config.class: missing"),
+        ({"config": {}}, "options.config: ArmConfig refuses it: TypeError"),
+        ({"config": with_config(port="/dev/none")}, "cannot be made: ImportError: feetech-servo-sdk"),
+        ({"config": with_config(cameras={"wrist": {**CAMERA, "fps": 0}})}, "cameras.wrist: CameraConfig refuses it"),
+        ({"config": with_config(cameras={"wrist": {"class": 5}})}, "cameras.wrist.class: expected module:Class"),
+        ({"cameras": {"wrst": {"height": 8, "width": 8}}}, "options.cameras.wrst: the robot has no image feature"),
+        ({"cameras": {"wrist_depth": {"height": 8, "width": 8}}}, "no image feature of this name (known: wrist, front"),
+        ({"state": {"wrist": "px"}}, "options.state.wrist: the robot has no number feature"),
+        ({"instructions": {}}, "options.instructions: is empty"),
+        ({"instructions": {"pick": []}}, "options.instructions: "),
+        ({"control_hz": 0}, "options.control_hz"),
+    ],
+)
+def test_options_that_do_not_fit_the_robot_are_refused_by_path(changes, message):
+    with pytest.raises(ConfigError) as error:
+        make(**changes)
+    assert "$.backend.options" in str(error.value) and message in str(error.value)
+
+
+def test_lerobot_is_not_imported():
+    code = "import sys, bridge.backends.lerobot; print([m for m in sys.modules if m.split('.')[0] == 'lerobot'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_shipped_configuration_fits_the_features_of_an_so101():
+    shipped = load_yaml(Path(__file__).resolve().parents[2] / "configs" / "lerobot.yaml")["backend"]
+    options = parse(shipped["options"], LeRobotOptions, "lerobot.yaml")
+    # As `lerobot.robots.so_follower.SOFollower` gives them.
+    joints = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    features = {f"{joint}.pos": float for joint in joints}
+    spec = read_spec({**features, "wrist": (480, 640, 3)}, features, options)
+    assert shipped["name"] == "lerobot"
+    assert len(spec.action.names) == len(spec.state.names) == 6
+    assert spec.cameras[0].width / spec.cameras[0].height == 640 / 480
