@@ -29,6 +29,7 @@ _SHIPPED = {
     "metaworld": _Shipped("bridge.backends.metaworld", "MetaWorld", ("metaworld", "mujoco"), "metaworld"),
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
     "point": _Shipped("bridge.backends.point", "Point"),
+    "remote": _Shipped("bridge.backends.remote", "Remote"),
 }
 
 BACKENDS = tuple(_SHIPPED)
@@ -40,7 +41,8 @@ _METHODS = ("connect", "reset", "observe", "apply", "outcome", "hold_action", "s
 def make_backend(config: BackendConfig) -> Backend:
     """The backend that a deployment names: one that ships with fieldtune, or `module:Class` with keyword arguments.
 
-    Nothing is connected. Raises `ConfigError` naming `$.backend.name` or `$.backend.options.KEY`.
+    Nothing is connected. Raises `ConfigError` naming `$.backend.name` or `$.backend.options.KEY`, and `BackendError` if
+    `remote` cannot fetch its spec.
     """
     made = _make_own(config) if ":" in config.name else _make_shipped(config)
     return _checked(made, config.name)
