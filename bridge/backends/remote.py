@@ -224,7 +224,7 @@ class Remote:
         *,
         slow: bool = False,
     ) -> tuple[R, dict[str, NDArray[Any]]]:
-        """Ask; whatever goes wrong is a `BackendError`, and all but an error of the backend itself loses the session."""
+        """Ask. Whatever goes wrong is a `BackendError`; all but an error of the backend itself loses the session."""
         timeout_s = self._options.slow_timeout_s if slow else self._options.timeout_s
         try:
             return line.ask(message, kind, arrays, timeout_s=timeout_s)
@@ -254,7 +254,10 @@ class Remote:
         return np.array(action)
 
     def _line(self, context: zmq.Context[zmq.Socket[bytes]]) -> Line:
-        return Line(context, self._options.endpoint, self._keys, lambda: next(self._numbers))
+        options = self._options
+        return Line(
+            context, options.endpoint, self._keys, number=lambda: next(self._numbers), reach_s=options.timeout_s
+        )
 
     def _drop(self) -> None:
         if self._session is not None:

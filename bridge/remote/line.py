@@ -24,10 +24,19 @@ class Line:
     """One DEALER socket. Threads that use the same one wait for each other."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Path | None, number: Callable[[], int]
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        keys: Path | None,
+        *,
+        number: Callable[[], int],
+        reach_s: float,
     ) -> None:
-        """`number` gives the next request id, over all lines of one owner. Raises `ConfigError` for bad keys."""
+        """`number` gives the next request id, over all lines of one owner; `reach_s` is how long to wait for somebody
+        who takes a message. Raises `ConfigError` for bad keys.
+        """
         self.endpoint = endpoint
+        self._reach_s = reach_s
         self._number = number
         self._lock = threading.Lock()
         self._socket = connect_dealer(context, endpoint, keys)
@@ -43,11 +52,12 @@ class Line:
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             request = self._number()
-            self._socket.setsockopt(zmq.SNDTIMEO, max(1, int(timeout_s * 1000)))
+            reach_s = min(timeout_s, self._reach_s)
+            self._socket.setsockopt(zmq.SNDTIMEO, max(1, int(reach_s * 1000)))
             try:
                 self._socket.send_multipart(encode(replace(message, request=request), arrays))
             except zmq.Again as error:
-                raise SilentError(f"{self.endpoint}: nobody listens there (waited {timeout_s:g} s)") from error
+                raise SilentError(f"{self.endpoint}: nobody listens there (waited {reach_s:g} s)") from error
             while True:
                 left_ms = max(0, int(1000 * (deadline_s - time.monotonic())))
                 if not self._socket.poll(left_ms):
