@@ -204,16 +204,16 @@ def encode(message: Message, arrays: Arrays | None = None) -> list[Any]:
 
 
 def decode_request(frames: Sequence[Any]) -> tuple[Request, dict[str, NDArray[Any]]]:
-    """Read what a client sent; see `_decode`."""
-    return _decode(frames, _request_decoder)
+    """Read what a client sent; see `decode_frames`."""
+    return decode_frames(frames, _request_decoder)
 
 
 def decode_reply(frames: Sequence[Any]) -> tuple[Reply, dict[str, NDArray[Any]]]:
-    """Read what the runtime sent; see `_decode`."""
-    return _decode(frames, _reply_decoder)
+    """Read what the runtime sent; see `decode_frames`."""
+    return decode_frames(frames, _reply_decoder)
 
 
-def _decode(frames: Sequence[Any], decoder: msgspec.msgpack.Decoder[Any]) -> tuple[Any, dict[str, NDArray[Any]]]:
+def decode_frames(frames: Sequence[Any], decoder: msgspec.msgpack.Decoder[Any]) -> tuple[Any, dict[str, NDArray[Any]]]:
     """Message and arrays (read-only views of the frames). Raises `WireError` naming the field that is wrong."""
     if not frames:
         raise WireError("header", "the message has no frames")

@@ -7,15 +7,11 @@ import socket
 import threading
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
-from bridge.config import ConfigError
-from bridge.endpoint import claim_ipc, is_local
-from bridge.keys import secure_server
-from bridge.messages import MAX_FRAME_BYTES, Arrays, Code, Message, Refused, encode
+from bridge.listener import Listener
+from bridge.messages import Arrays, Code, Message, Refused, encode
 
 # As plain numbers: pyzmq's flags are Python enums, and each operation on one makes another object.
 EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
@@ -32,38 +28,16 @@ class Router:
 
     def __init__(self, endpoint: str, keys: str | None) -> None:
         """Bind. Raises `ConfigError` for an address that is taken, or open to others without keys."""
-        if not is_local(endpoint) and keys is None:
-            raise ConfigError(
-                f"$.runtime.serve.endpoint: {endpoint} can be reached from other computers; give `keys` "
-                "(fieldtune keys makes them) or listen on ipc or tcp://127.0.0.1"
-            )
-        self._claim = claim_ipc(endpoint) if endpoint.startswith("ipc://") else None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._authenticator: ThreadAuthenticator | None = None
+        self._listener = Listener(endpoint, keys, setting="$.runtime.serve.endpoint", receive_hwm=RECEIVE_HWM)
+        self._socket = self._listener.socket
         self._wake_send, self._wake_receive = socket.socketpair()
         self._wake_send.setblocking(False)
         self._wake_receive.setblocking(False)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 200
-        self._socket.maxmsgsize = MAX_FRAME_BYTES
-        self._socket.router_mandatory = True
-        self._socket.router_handover = True
-        self._socket.rcvhwm = RECEIVE_HWM
-        try:
-            if keys is not None:
-                self._authenticator = secure_server(self._context, self._socket, Path(keys))
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ConfigError(f"$.runtime.serve.endpoint: cannot listen on {endpoint}: {error}") from error
-        except ConfigError:
-            self.close()
-            raise
         self.undeliverable = 0
         """Messages to clients that were gone."""
         self.refused: Counter[str] = Counter()
         """Refusals by code."""
-        self.endpoint = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self.endpoint = self._listener.endpoint
         self._receiver = 0
         self._poll = select.poll()
         self._poll.register(int(self._socket.getsockopt(zmq.FD)), select.POLLIN)
@@ -102,14 +76,9 @@ class Router:
 
     def close(self) -> None:
         """Let what was sent leave for a moment, then close the socket; idempotent."""
-        if self._authenticator is not None:
-            self._authenticator.stop()
-        self._socket.close()
-        self._context.destroy(linger=200)
+        self._listener.close()
         self._wake_send.close()
         self._wake_receive.close()
-        if self._claim is not None:
-            self._claim.close()
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):  # enough wake-ups are already waiting to be read

@@ -30,6 +30,7 @@ _SHIPPED = {
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
     "lerobot": _Shipped("bridge.backends.lerobot", "LeRobot"),
     "point": _Shipped("bridge.backends.point", "Point"),
+    "remote": _Shipped("bridge.backends.remote", "Remote"),
     # Above the bridge, as a class of a user is: it reads the episode log. A name here is no import.
     "replay": _Shipped("runtime.replay", "Replay"),
 }
@@ -43,7 +44,8 @@ _METHODS = ("connect", "reset", "observe", "apply", "outcome", "hold_action", "s
 def make_backend(config: BackendConfig) -> Backend:
     """The backend that a deployment names: one that ships with fieldtune, or `module:Class` with keyword arguments.
 
-    Nothing is connected. Raises `ConfigError` naming `$.backend.name` or `$.backend.options.KEY`.
+    Nothing is connected. Raises `ConfigError` naming `$.backend.name` or `$.backend.options.KEY`, and `BackendError` if
+    `remote` cannot fetch its spec.
     """
     made = _make_own(config) if ":" in config.name else _make_shipped(config)
     return _checked(made, config.name)

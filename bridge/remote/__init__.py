@@ -1,0 +1,1 @@
+"""A backend in another process or on another computer: `bridge.backends.remote` is the near side of it."""
