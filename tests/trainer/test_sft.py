@@ -288,7 +288,7 @@ def test_a_backend_without_privileged_state_has_nothing_to_predict(tmp_path: Pat
     backend._spec = replace(backend.spec, privileged=None)
     run = RunDir(tmp_path / "run")
     config = replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8, auxiliary=1.0))
-    collect_demos(backend, run.demos, config.demos, (), 60, lambda done, total: None)
+    collect_demos(lambda: backend, run.demos, config.demos, (), 60, lambda done, total: None)
     with pytest.raises(SFTError, match=r"no privileged state; trainer\.sft\.auxiliary must be 0"):
         run_sft(run, backend.spec, config, 0, lambda step, steps: None)
     assert Registry(run.registry).live() is None
