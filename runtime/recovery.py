@@ -50,6 +50,7 @@ def recover(directory: Path, index: EpisodeIndex) -> list[str]:
         present.add(path.stem)
 
     _each(sorted((directory / "done").iterdir()), add, directory, problems)
+    rows.sort(key=lambda row: row.started_unix_s)  # the names of the files say nothing of which came first
     for first in range(0, len(rows), BATCH):
         index.add(rows[first : first + BATCH])
     gone = [episode for episode, deleted in known.items() if not deleted and episode not in present]
