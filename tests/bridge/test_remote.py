@@ -25,7 +25,8 @@ from bridge.backends import make_backend
 from bridge.backends.point import Point, PointOptions
 from bridge.backends.remote import Remote, RemoteOptions
 from bridge.client import RefusedError
-from bridge.config import BackendConfig, ConfigError
+from bridge.config import BackendConfig, BridgeConfig, ConfigError
+from bridge.drive import drive
 from bridge.keys import make_keys
 from bridge.messages import TensorInfo
 from bridge.remote.line import Line
@@ -204,6 +205,23 @@ def test_the_far_side_outlives_its_clients_and_connects_for_each_anew(start: Sta
     far.stop()
     assert far.robot.calls[-4:] == ["connect", "reset", "stop", "close"]
     remote._session.lose("the far side was ended")  # type: ignore[union-attr]
+
+
+def test_a_worker_drives_a_remote_backend_as_any_other(start: Start, serve: Callable[..., Any]) -> None:
+    far = start(Robot(size_px=8))
+    runtime = serve()
+    summary = drive(
+        far.remote(),
+        runtime.client("robot"),
+        BridgeConfig(),
+        stopped=lambda: False,
+        report=lambda result, assignment: None,
+        warn=far.said.append,
+        episodes=2,
+    )
+    assert (summary.episodes, summary.dropped_episodes) == (2, 0)
+    assert far.robot.calls.count("apply") == summary.steps > 0
+    assert far.robot.calls[-1] == "close"
 
 
 # --- who drives -----------------------------------------------------------------------------------------------------
