@@ -81,7 +81,9 @@ def test_a_log_is_played_back_on_a_computer_that_has_only_the_bridge() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["drive", "--help"], ["--help"], ["keys", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["doctor"], ["drive", "--help"], ["backend", "serve", "--help"], ["--help"], ["keys", "--help"]]
+)
 def test_a_bare_installation_runs(arguments: list[str]) -> None:
     done = run_without([*HEAVY, *SIMULATORS], f"from fieldtune.cli import run\nsys.exit(run({arguments!r}))")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from bridge.backends import make_backend
 from bridge.backends.point import Point, PointOptions
 from bridge.backends.remote import Remote, RemoteOptions
 from bridge.client import RefusedError
-from bridge.config import BackendConfig, ConfigError
+from bridge.config import BackendConfig, BridgeConfig, ConfigError
+from bridge.drive import drive
 from bridge.keys import make_keys
 from bridge.messages import TensorInfo
 from bridge.remote.line import Line
@@ -101,6 +104,32 @@ def wait_until(true: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
+class Cable:
+    """Carries bytes between a client and a far side until it is cut; nobody is told of that."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._far = ("127.0.0.1", int(endpoint.rpartition(":")[2]))
+        self._plug = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"tcp://127.0.0.1:{self._plug.getsockname()[1]}"
+        self.whole = threading.Event()
+        self.whole.set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self._plug.accept()
+            far = socket.create_connection(self._far)
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while data := here.recv(1 << 16):
+                self.whole.wait()
+                there.sendall(data)
+            there.close()
+
+
 def program(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -176,6 +205,23 @@ def test_the_far_side_outlives_its_clients_and_connects_for_each_anew(start: Sta
     far.stop()
     assert far.robot.calls[-4:] == ["connect", "reset", "stop", "close"]
     remote._session.lose("the far side was ended")  # type: ignore[union-attr]
+
+
+def test_a_worker_drives_a_remote_backend_as_any_other(start: Start, serve: Callable[..., Any]) -> None:
+    far = start(Robot(size_px=8))
+    runtime = serve()
+    summary = drive(
+        far.remote(),
+        runtime.client("robot"),
+        BridgeConfig(),
+        stopped=lambda: False,
+        report=lambda result, assignment: None,
+        warn=far.said.append,
+        episodes=2,
+    )
+    assert (summary.episodes, summary.dropped_episodes) == (2, 0)
+    assert far.robot.calls.count("apply") == summary.steps > 0
+    assert far.robot.calls[-1] == "close"
 
 
 # --- who drives -----------------------------------------------------------------------------------------------------
@@ -341,6 +387,26 @@ def test_a_far_side_that_is_killed_in_an_episode_is_an_error_by_the_deadline(tmp
     remote.close()
     far.kill()
     far.wait()
+
+
+def test_a_cut_network_stops_the_robot_and_what_comes_late_moves_nothing(start: Start) -> None:
+    far = start(silence_s=2.0)
+    cable = Cable(far.endpoint)
+    remote = Remote(RemoteOptions(cable.endpoint, timeout_s=ENOUGH_S))
+    remote.connect()
+    remote.reset("reach", 0)
+    cable.whole.clear()
+    remote._options = replace(remote._options, timeout_s=0.3)
+    with pytest.raises(BackendError, match="no answer to Apply"):
+        remote.apply(np.ones(2, np.float32))
+    remote.stop()
+    wait_until(lambda: "stop" in far.robot.calls, "the robot was not stopped")
+    cable.whole.set()  # the old command and the old stop arrive
+    remote._options = replace(remote._options, timeout_s=ENOUGH_S)
+    remote.connect()
+    remote.reset("reach", 0)
+    remote.close()
+    assert far.robot.calls == ["connect", "reset", "stop", "stop", "close", "connect", "reset", "stop", "close"]
 
 
 def test_nobody_answers(tmp_path: Path) -> None:
