@@ -36,8 +36,8 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     workers: Count = 1
     """Processes that each drive one backend; a robot has one."""
     niceness: Annotated[int, Meta(ge=0, le=19)] = 0
-    """Added to the niceness of these processes. Simulators that share the cores with a trainer should stand back (8):
-    they are several, it is one, and it cannot use more than it is given. A robot's bridge must not."""
+    """Added to the niceness of the workers that `fieldtune up` starts. Simulators that share the cores with a trainer
+    should stand back (8): they are several, it is one. A robot's bridge must not."""
     endpoint: str | None = None
     """Where the runtime is, if that is not `runtime.serve.endpoint` as written (a robot on another computer)."""
     keys: str | None = None

@@ -1,7 +1,9 @@
-"""A socket that others connect to: bound, encrypted where it must be, and claimed."""
+"""A socket that others connect to: bound, encrypted where it must be, and claimed; and a bell for who waits at it."""
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
@@ -13,6 +15,34 @@ from bridge.keys import secure_server
 from bridge.messages import MAX_FRAME_BYTES
 
 LINGER_MS = 200
+
+
+class Bell:
+    """Wakes a thread that waits in a poll for this object, which polls take for its descriptor. Any thread may ring."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = socket.socketpair()
+        self._send.setblocking(False)
+        self._receive.setblocking(False)
+
+    def fileno(self) -> int:
+        """Readable once it was rung."""
+        return self._receive.fileno()
+
+    def ring(self) -> None:
+        """Wake who waits, or who will wait next."""
+        with suppress(BlockingIOError):  # enough rings are already waiting to be heard
+            self._send.send(b"\0")
+
+    def hear(self) -> None:
+        """Forget the rings so far."""
+        with suppress(BlockingIOError):
+            self._receive.recv(4096)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._send.close()
+        self._receive.close()
 
 
 class Listener:

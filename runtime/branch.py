@@ -14,14 +14,8 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 
 
-def first_version(run: RunDir) -> str | None:
-    """The version that the run started from (what supervised fine-tuning made); None without one."""
-    served = Registry(run.registry).served()
-    return served[0].version if served else None
-
-
-def branch(source: RunDir, target: RunDir, version: str) -> None:
-    """Give `target` this version of `source`, live, and the demonstrations of `source`. Idempotent.
+def branch(source: RunDir, target: RunDir) -> None:
+    """Give `target` the first version of `source`, live, and the demonstrations of `source`. Idempotent.
 
     Episode files never change, so they are linked and take no space; across file systems they are copied. That the
     version is live comes last: a `target` without a live version is not whole yet, one with it is left as it is.
@@ -29,11 +23,11 @@ def branch(source: RunDir, target: RunDir, version: str) -> None:
     registry = Registry(target.registry)
     if registry.live() is not None:
         return
+    first = Registry(source.registry).first()
     _link_episodes(source.demos, target.demos)
-    install_bundle(source.policies / version, target.policies)
-    row = Registry(source.registry).get(version)
-    registry.add(version, parent=row.parent, made=row.made)
-    registry.set_live(version, why=f"start of {source.path.name}")
+    install_bundle(source.policies / first.version, target.policies)
+    registry.add(first.version, parent=first.parent, made=first.made)
+    registry.set_live(first.version, why=f"start of {source.path.name}")
 
 
 def _link_episodes(source: Path, target: Path) -> None:

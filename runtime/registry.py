@@ -130,8 +130,15 @@ class Registry:
         """All versions in the order of adding."""
         return self._rows("ORDER BY number")
 
+    def first(self) -> VersionRow:
+        """The version that the run started from, as a rule what supervised fine-tuning made. Raises `RegistryError`."""
+        served = self.served()
+        if not served:
+            raise RegistryError(f"{self.path}: no version has been live yet")
+        return served[0]
+
     def served(self) -> builtins.list[VersionRow]:
-        """The versions that were ever live, in the order in which they first were: the run started from the first.
+        """The versions that were ever live, in the order in which they first were.
 
         Others were added only, to be evaluated beside them.
         """

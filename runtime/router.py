@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import select
-import socket
 import threading
 from collections import Counter
-from contextlib import suppress
 
 import zmq
 
-from bridge.listener import Listener
+from bridge.listener import Bell, Listener
 from bridge.messages import Arrays, Code, Message, Refused, encode
 
 # As plain numbers: pyzmq's flags are Python enums, and each operation on one makes another object.
@@ -30,9 +28,7 @@ class Router:
         """Bind. Raises `ConfigError` for an address that is taken, or open to others without keys."""
         self._listener = Listener(endpoint, keys, setting="$.runtime.serve.endpoint", receive_hwm=RECEIVE_HWM)
         self._socket = self._listener.socket
-        self._wake_send, self._wake_receive = socket.socketpair()
-        self._wake_send.setblocking(False)
-        self._wake_receive.setblocking(False)
+        self._bell = Bell()
         self.undeliverable = 0
         """Messages to clients that were gone."""
         self.refused: Counter[str] = Counter()
@@ -41,14 +37,14 @@ class Router:
         self._receiver = 0
         self._poll = select.poll()
         self._poll.register(int(self._socket.getsockopt(zmq.FD)), select.POLLIN)
-        self._poll.register(self._wake_receive, select.POLLIN)
+        self._poll.register(self._bell, select.POLLIN)
 
     def wait(self, timeout_ms: int) -> None:
         """Sleep until something may have arrived. Only after `waiting` was false: it tells of news alone."""
         self._receiver = threading.get_ident()
         for descriptor, _ in self._poll.poll(timeout_ms):
-            if descriptor == self._wake_receive.fileno():
-                self._wake_receive.recv(4096)
+            if descriptor == self._bell.fileno():
+                self._bell.hear()
 
     @property
     def waiting(self) -> bool:
@@ -67,7 +63,7 @@ class Router:
         except zmq.ZMQError:
             self.undeliverable += 1
         if threading.get_ident() != self._receiver and self.waiting:
-            self._wake()
+            self._bell.ring()
 
     def refuse(self, identity: bytes, request: int, code: Code, field: str, message: str) -> None:
         """Answer a request with a refusal."""
@@ -77,9 +73,4 @@ class Router:
     def close(self) -> None:
         """Let what was sent leave for a moment, then close the socket; idempotent."""
         self._listener.close()
-        self._wake_send.close()
-        self._wake_receive.close()
-
-    def _wake(self) -> None:
-        with suppress(BlockingIOError):  # enough wake-ups are already waiting to be read
-            self._wake_send.send(b"\0")
+        self._bell.close()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,8 @@ class Child:
     name: str
     command: Sequence[str]
     log: Path | None
+    niceness: int = 0
+    """Added to this process's own."""
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     _failures: deque[float] = field(default_factory=deque)
@@ -64,6 +67,8 @@ class Child:
         finally:
             if output is not None:
                 output.close()
+        if self.niceness:
+            _stand_back(self.process.pid, self.niceness)
 
     def keep_alive(self, warn: Callable[[str], None]) -> int | None:
         """Call often: the exit code once the process has ended well (0), else None; restarts it after a failure.
@@ -129,6 +134,22 @@ class Child:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()
         self.process = None
+
+
+def _stand_back(pid: int, niceness: int) -> None:
+    """Make a process that leads a session of its own nicer than this one.
+
+    Linux by default shares the cores among sessions first and looks at niceness only within one, so the session's
+    scheduling group is made as nice.
+    """
+    wanted = min(os.nice(0) + niceness, 19)
+    group = Path(f"/proc/{pid}/autogroup")
+    # It may have ended already; and /proc cannot be written in some containers, where niceness alone must do.
+    with suppress(ProcessLookupError):
+        os.setpriority(os.PRIO_PROCESS, pid, wanted)
+    with suppress(OSError):
+        if group.exists():
+            group.write_text(str(wanted), encoding="ascii")
 
 
 def how_it_ended(code: int) -> str:

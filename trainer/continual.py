@@ -12,9 +12,7 @@ learned from twice and none is passed over.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -46,8 +43,9 @@ from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
 from trainer.environment import cpu_time
 from trainer.experience import Experience
-from trainer.export import Exporter, become, load_weights
-from trainer.ratio import Behaviours, check_ratio
+from trainer.export import load_weights
+from trainer.ratio import check_ratio
+from trainer.versions import Versions
 from trainer.vla import VLA
 from trainer.weight import Weight, WeightSchedule
 
@@ -110,32 +108,37 @@ class ContinualTrainer:
     ) -> None:
         """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
         self._run, self._config = run, config
-        self._announce, self._stop, self._warn = announce, stop, warn
+        self._stop, self._warn = stop, warn
         self._tasks = config.post_trained(spec)
         # Behind those that are improved, so that a task has one index in batch and buffer.
         rehearsed = tuple(task for task in config.trained(spec) if task not in self._tasks)
         held = self._tasks + rehearsed
-        self._registry = Registry(run.registry)
         self._checkpoint_path = run.trainer / "checkpoint.pt"
         self._rng = np.random.default_rng(seed)
         self._generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
 
         checkpoint = load_checkpoint(self._checkpoint_path)
-        start = checkpoint.state.version if checkpoint else self._registry.live()
+        start = checkpoint.state.version if checkpoint else Registry(run.registry).live()
         if start is None:
             raise TrainingError(f"{run.registry} has no live version to start from; run `fieldtune sft` first")
         bundle = read_bundle(run.policies / start)
         self._vla = VLA(config.vla, bundle.spec)
         load_weights(self._vla, bundle)
-        self._exporter = Exporter.of_bundle(self._vla, bundle)
+        self._versions = Versions(
+            run,
+            self._vla,
+            bundle,
+            max_staleness_versions=config.max_staleness_versions,
+            announce=announce,
+            warn=warn,
+        )
         self._tokens = partial(encode, Tokenizer.from_str(bundle.tokenizer), max_tokens=bundle.spec.tokens)
         self._experience = Experience(run, bundle.spec.horizon, self._tokens)
         self._index = self._experience.own
         self._critic = Critic(bundle.spec, len(spec.privileged.names) if spec.privileged else 0, len(self._tasks))
         self._actor_optimiser = self._new_actor_optimiser()
         self._critic_optimiser = torch.optim.Adam(self._critic.parameters(), lr=config.ppo.critic_lr)
-        self._behaviours = Behaviours(run.policies, self._vla, config.max_staleness_versions + 2)
         self._buffer = DemoBuffer(config.buffer, held)
         self._weight = WeightSchedule(config.weight, config.ppo.target_kl, self._tasks)
         self._state = TrainerState(
@@ -149,14 +152,14 @@ class ContinualTrainer:
             weight={},
             rng="",
         )
-        self._frozen = self._first_version() if config.weight.anchor == "sft" else None
+        self._frozen = self._versions.first() if config.weight.anchor == "sft" else None
         if checkpoint:
             self._restore(checkpoint)
-        self._behaviours.remember(start, self._vla)
+        self._versions.behaviours.remember(start, self._vla)
         if not checkpoint:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
-            self._set_exploration()
+            self._versions.set_exploration(config.ppo)
         self._collect_wait_s = 0.0
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
@@ -166,7 +169,7 @@ class ContinualTrainer:
     @property
     def version(self) -> str:
         """The version of the weights that the trainer now has."""
-        return self._state.version
+        return self._versions.current
 
     def finished(self) -> bool:
         """Whether a limit of `config.stop` is reached, or a stop was asked for."""
@@ -213,8 +216,9 @@ class ContinualTrainer:
 
     def _age(self, version: str) -> int:
         """How many versions ago it acted; too many to learn from if it explored with another noise than is now."""
-        age, limit = self._behaviours.age(version), self._config.max_staleness_versions
-        return age if age > limit or self._behaviours.explored_like(version, self._vla) else age + limit + 1
+        behaviours, limit = self._versions.behaviours, self._config.max_staleness_versions
+        age = behaviours.age(version)
+        return age if age > limit or behaviours.explored_like(version, self._vla) else age + limit + 1
 
     def _is_exploring(self, row: EpisodeRow) -> bool:
         if row.deleted or row.status == "aborted":
@@ -243,7 +247,7 @@ class ContinualTrainer:
             age=self._age,
             max_age=self._config.max_staleness_versions,
         )
-        ratio_error = check_ratio(batch, self._behaviours, self._rng)
+        ratio_error = check_ratio(batch, self._versions.behaviours, self._rng)
         warming_up = self._state.iteration < self._config.ppo.critic_warmup_iterations
         advantage, value_loss, variance = self._learn_value(batch, warming_up)
         weight = self._weight.weight(0 if warming_up else self._state.after_warmup + 1)
@@ -258,7 +262,14 @@ class ContinualTrainer:
             self._weight.add_kl(result.kl)
             for group in self._actor_optimiser.param_groups:
                 group["lr"] = adapted_lr(group["lr"], result.kl, self._config.ppo)
-            self._publish(rows)
+            self._versions.add(
+                {
+                    "command": "train",
+                    "iteration": self._state.iteration,
+                    "env_steps": self._state.env_steps,
+                    "episodes_seq": [rows[0].seq, rows[-1].seq],
+                }
+            )
         line = {
             "iteration": self._state.iteration,
             "unix_s": time.time(),
@@ -277,7 +288,7 @@ class ContinualTrainer:
             "value_loss": value_loss,
             "explained_variance": variance,
             "lr": self._actor_optimiser.param_groups[0]["lr"],
-            "sigma": self._sigma(),
+            "sigma": self._vla.sigma,
             "ratio_error": ratio_error,
             "staleness_versions": float(batch.age[batch.fresh].mean()),
             "staleness_versions_max": int(batch.age[batch.fresh].max()),
@@ -360,74 +371,15 @@ class ContinualTrainer:
             stopped=self._stop.is_set,
         )
 
-    # --- publishing ---------------------------------------------------------------------------------------------------
-
-    def _publish(self, rows: list[EpisodeRow]) -> None:
-        """Write the weights as a bundle and enter it in the registry; it is not live yet."""
-        made = {
-            "command": "train",
-            "iteration": self._state.iteration,
-            "env_steps": self._state.env_steps,
-            "episodes_seq": [rows[0].seq, rows[-1].seq],
-        }
-        self._add_version(made)
-
-    def _add_version(self, made: dict[str, Any]) -> None:
-        version = self._exporter.publish(self._run.policies, parent=self.version, made=made)
-        self._registry.add(version, parent=self.version, made=made)
-        self._behaviours.remember(version, self._vla)
-        self._state.version = version
-
     def _follow_live(self) -> None:
-        """Make the trainer's version live, or follow an operator who has gone back from it to another.
-
-        A version that never was live is one whose announcement is still to be made (now, or after a crash). One that
-        was live and is no longer has been replaced on purpose: learning goes on from what is live.
-        """
-        history = self._live_history()
-        live = self._registry.live()
-        if self.version not in history:
-            self._announce(self._run.policies / self.version)
-            history = self._live_history()
-        elif live is not None and live != self.version:
-            self._warn(f"version {live[:12]} was made live in place of {self.version[:12]}; going on from it")
-            become(self._vla, read_bundle(self._run.policies / live))
+        if self._versions.follow_live():
             self._actor_optimiser = self._new_actor_optimiser()
-            self._behaviours.remember(live, self._vla)
-            self._state.version = live
-        self._behaviours.set_history(history)
-
-    def _set_exploration(self) -> None:
-        """Let the run explore with the noise that it asks for, if the version it starts from has another.
-
-        Nobody has to make its supervised fine-tuning again for that. What it makes is a version like any other, and the
-        runtime swaps to it before anything is learned.
-        """
-        ppo, spec = self._config.ppo, self._vla.spec
-        rho = spec.noise_correlation if ppo.noise_correlation is None else ppo.noise_correlation
-        log_sigma = self._vla.log_sigma.detach()
-        wanted = log_sigma if ppo.sigma is None else torch.full_like(log_sigma, math.log(ppo.sigma))
-        if rho == spec.noise_correlation and torch.equal(wanted, log_sigma):
-            return
-        self._vla.spec = msgspec.structs.replace(spec, noise_correlation=rho)
-        with torch.no_grad():
-            self._vla.log_sigma.copy_(wanted)
-        self._add_version({"command": "explore", "sigma": self._sigma(), "noise_correlation": rho})
-
-    def _first_version(self) -> VLA:
-        """The policy that the run started from, by lineage, as one that does not learn."""
-        first = self._registry.lineage(self.version)[-1].version
-        frozen = copy.deepcopy(self._vla).requires_grad_(False)
-        become(frozen, read_bundle(self._run.policies / first))
-        return frozen
-
-    def _live_history(self) -> list[str]:
-        return [change.version for change in self._registry.history()]
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the checkpoint."""
+        self._state.version = self.version
         self._state.elapsed_s = self._elapsed_s()
         self._started_s = time.monotonic()
         self._state.buffer = self._buffer.state()
@@ -467,10 +419,6 @@ class ContinualTrainer:
         self._vla.log_sigma.requires_grad_(self._config.ppo.learn_sigma)
         parameters = [parameter for parameter in self._vla.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self._config.ppo.lr, eps=1e-5)
-
-    def _sigma(self) -> float:
-        """Mean standard deviation of the policy, in half ranges of the action."""
-        return float(self._vla.log_sigma.detach().exp().mean())
 
     def _cpu_idle_share(self) -> float | None:
         """Share of the time since the last call in which this computer's cores had nothing to do."""

@@ -43,7 +43,7 @@ class Critic(nn.Module):
         self._cameras = () if privileged else tuple(camera.name for camera in spec.cameras)
         self.encoders = nn.ModuleList(_encoder() for _ in self._cameras)
         seen = vector + tasks + len(self.encoders) * 32 * (IMAGE_SIDE_PX // 8) ** 2
-        # With the normalisation five passes fit what thirty did not without, also on episodes never fitted.
+        # The normalisation makes a few passes over a batch do what many did not, also for episodes never fitted.
         self.head = nn.Sequential(
             *(nn.Linear(seen, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU()),
             *(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU()),

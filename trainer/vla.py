@@ -113,6 +113,11 @@ class VLA(nn.Module):
             seen: Tensor = self.fusion[2:](wide.float())
         return seen
 
+    @property
+    def sigma(self) -> float:
+        """Mean standard deviation of the actions, in half ranges."""
+        return float(self.log_sigma.detach().exp().mean())
+
     @torch.no_grad()
     def set_state_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Take mean and standard deviation `[n]` of the state, measured on demonstrations.
@@ -135,7 +140,7 @@ class ImageEncoder(nn.Module):
     """One camera: uint8 `[B, H, W, 3]` and a text vector `[B, t]` -> features `[B, size]`.
 
     The first convolution goes down by 4 at once and is not modulated: at full resolution it is memory traffic, not
-    arithmetic, that costs, and this more than doubles the samples a second against two steps of 2.
+    arithmetic, that costs.
     """
 
     def __init__(self, height: int, width: int, channels: tuple[int, ...], text_width: int) -> None:

@@ -8,7 +8,6 @@ a call is under way. A stop waits for the call that is under way, because only t
 from __future__ import annotations
 
 import queue
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import zmq
 from msgspec.structs import replace
 
 from bridge.backend import Backend, BackendError, Float32, HasExpert
-from bridge.listener import Listener
+from bridge.listener import Bell, Listener
 from bridge.messages import Arrays, Code, Message, Refused, WireError, encode, observation_tensors
 from bridge.remote.messages import (
     REMOTE_PROTOCOL,
@@ -98,8 +97,7 @@ class BackendServer:
         self._listener = Listener(endpoint, keys, setting="--bind", receive_hwm=RECEIVE_HWM)
         self._jobs: queue.SimpleQueue[_Job | _DeadMan] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
-        self._wake_send, self._wake_receive = socket.socketpair()
-        self._wake_send.setblocking(False)
+        self._bell = Bell()
         self._closing = threading.Event()
         self._door = threading.Thread(target=self._keep_door, name="door", daemon=True)
         self._connected = False
@@ -119,11 +117,10 @@ class BackendServer:
                 self._disconnect()
             finally:
                 self._closing.set()
-                self._wake()
+                self._bell.ring()
                 self._door.join()
                 self._listener.close()
-                self._wake_send.close()
-                self._wake_receive.close()
+                self._bell.close()
 
     # --- the backend's thread ---------------------------------------------------------------------------------------
 
@@ -140,7 +137,7 @@ class BackendServer:
             self._say(f"{call}: {text}")
             answer = _Answer(job, Refused(code="internal", field=call, message=text))
         self._answers.put(answer)
-        self._wake()
+        self._bell.ring()
 
     def _carry_out(self, message: FarRequest, arrays: Arrays) -> tuple[Message, Arrays | None]:
         """Make one call of the backend; raises what it raises."""
@@ -202,12 +199,12 @@ class BackendServer:
     def _keep_door(self) -> None:
         poller = zmq.Poller()
         poller.register(self._listener.socket, zmq.POLLIN)
-        poller.register(self._wake_receive, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         look_ms = max(1, int(1000 * self._ownership.silence_s / LOOKS_A_SILENCE))
         while not self._closing.is_set():
             events = dict(poller.poll(look_ms))
-            if self._wake_receive.fileno() in events:
-                self._wake_receive.recv(4096)
+            if self._bell.fileno() in events:
+                self._bell.hear()
             while not self._answers.empty():
                 self._give(self._answers.get())
             looked_s = time.monotonic()
@@ -283,10 +280,6 @@ class BackendServer:
 
     def _refuse(self, identity: bytes, request: int, code: Code, field: str, message: str) -> None:
         self._send(identity, request, Refused(code=code, field=field, message=message))
-
-    def _wake(self) -> None:
-        with suppress(BlockingIOError):  # enough wake-ups are already waiting to be read
-            self._wake_send.send(b"\0")
 
 
 def _action(action: Float32) -> tuple[Message, Arrays]:

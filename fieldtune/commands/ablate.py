@@ -18,7 +18,7 @@ from fieldtune.commands.evaluate import steps_text
 from fieldtune.commands.status import last_metrics
 from fieldtune.commands.up import Up, deploy, evaluate_version_of, prepare, remember_config
 from fieldtune.deployment import Deployment, load_deployment
-from runtime.branch import branch, first_version
+from runtime.branch import branch
 from runtime.durable import write_atomic, write_json
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -133,8 +133,7 @@ def _row_of_start(start: Up) -> Row | None:
     remember_config(start.run, start.deployment)
     if not prepare(start):
         return None
-    version = _start_version(start)
-    evaluation = evaluate_version_of(start, version, START)
+    evaluation = evaluate_version_of(start, _first(start.run), START)
     return None if evaluation is None else _row(start, START, START_WHY, (), evaluation, {})
 
 
@@ -145,7 +144,7 @@ def _row_of(start: Up, child: Up, name: str, ablation: Ablation) -> Row | None:
         return msgspec.json.decode(result.read_bytes(), type=Row)
     start.say(f"ablation {name}: {ablation.why}")
     remember_config(child.run, child.deployment)
-    branch(start.run, child.run, _start_version(start))
+    branch(start.run, child.run)
     deploy(child)
     if start.stop.is_set():
         return None
@@ -170,7 +169,7 @@ def finished_before(start: Up, chosen: Collection[str]) -> list[Row]:
             same = load_ablated(start.config, start.deployment, overrides, row.name) == row.deployment
         except (msgspec.ValidationError, ConfigError):
             continue  # settings of another version of fieldtune
-        if same and row.name not in chosen and first_version(RunDir(path.parent)) == first_version(start.run):
+        if same and row.name not in chosen and _first(RunDir(path.parent)) == _first(start.run):
             rows.append(row)
     return rows
 
@@ -180,10 +179,9 @@ def _in_order(rows: list[Row | None]) -> list[Row]:
     return sorted((row for row in rows if row is not None), key=lambda row: (row.name != START, row.name != FULL))
 
 
-def _start_version(start: Up) -> str:
-    version = first_version(start.run)
-    assert version is not None, "the run was prepared"
-    return version
+def _first(run: RunDir) -> str:
+    """The version that the run started from."""
+    return Registry(run.registry).first().version
 
 
 def _row(

@@ -39,7 +39,6 @@ def drive(
     """
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
-    stand_back(deployment.bridge.niceness)
     backend = make_backend(deployment.backend)
     keys = Path(deployment.bridge.keys) if deployment.bridge.keys else None
     client_name = name or f"{socket.gethostname()}-{os.getpid()}"
@@ -59,15 +58,3 @@ def drive(
     if as_json:
         print_json(summary)
     return 0
-
-
-def stand_back(niceness: int) -> None:
-    """Add to this process's niceness, and give its scheduling group the same.
-
-    Linux by default schedules sessions against each other first, whatever the niceness of what is in them, and each
-    child of `fieldtune up` is a session of its own.
-    """
-    now = os.nice(niceness)
-    group = Path("/proc/self/autogroup")
-    if niceness and group.exists():
-        group.write_text(str(now), encoding="ascii")

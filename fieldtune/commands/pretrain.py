@@ -40,7 +40,7 @@ def pretrain(config: Config, /, *, overrides: Set = (), to: Path | None = None, 
     if not prepare(this):
         return stopped(this)
     run = run_dir(deployment)
-    version = Registry(run.registry).served()[0].version
+    version = Registry(run.registry).first().version
     bundle = run.policies / version
     if to is not None:
         copy_bundle(bundle, to)

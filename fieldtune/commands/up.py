@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -46,10 +47,9 @@ class Up:
         """The run's files."""
         return run_dir(self.deployment)
 
-    def child(self, name: str, command: str, *rest: str) -> Child:
+    def child(self, name: str, command: Sequence[str], niceness: int = 0) -> Child:
         """A child process of this deployment with its log in the run."""
-        line = fieldtune_command(command, self.config, self.overrides, *rest)
-        return Child(name, line, self.run.logs / f"{name}.log")
+        return Child(name, command, self.run.logs / f"{name}.log", niceness)
 
     def say(self, message: str) -> None:
         """A line for the user."""
@@ -88,7 +88,7 @@ def up(
     started_s = time.monotonic()
     if not prepare(this):
         return stopped(this)
-    first = Registry(this.run.registry).served()[0].version
+    first = Registry(this.run.registry).first().version
     before = evaluate_version_of(this, first, "before") if evaluation else None
     if this.stop.is_set():
         return stopped(this)
@@ -170,7 +170,7 @@ def prepare(this: Up) -> bool:
 
 def require_started_from(registry: Registry, policy: str | None) -> None:
     """Raise `ConfigError` if the run was to start from `policy` and has started from something else."""
-    first = registry.served()[0]
+    first = registry.first()
     if policy is not None and first.made.get("from") != policy:
         raise ConfigError(
             f"$.trainer.policy: is {policy}, but the run has started from another version ({first.version[:12]}); "
@@ -187,13 +187,12 @@ def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None
 
 def deploy(this: Up) -> None:
     """Runtime, workers and trainer side by side until the trainer is done or the user stops it."""
-    runtime = this.child("runtime", "serve")
-    trainer = this.child("trainer", "train")
+    config, overrides, bridge = this.config, this.overrides, this.deployment.bridge
+    runtime = this.child("runtime", fieldtune_command("serve", config, overrides))
+    trainer = this.child("trainer", fieldtune_command("train", config, overrides))
     workers = [
-        Child(
-            f"bridge-{i}", drive_command(this.config, this.overrides, f"bridge-{i}"), this.run.logs / f"bridge-{i}.log"
-        )
-        for i in range(this.deployment.bridge.workers)
+        this.child(name, drive_command(config, overrides, name), bridge.niceness)
+        for name in (f"bridge-{i}" for i in range(bridge.workers))
     ]
     children = [runtime, trainer, *workers]
     try:

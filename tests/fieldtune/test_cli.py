@@ -340,16 +340,3 @@ def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
         rows = [row for row in index.after(0) if row.seed >= 3_000_000]
         told.append(sorted(read_episode(index.path(row)).start.instruction for row in rows))
     assert told == [["go", "move the dot to the square"], ["get to it", "reach"]]
-
-
-def test_bridges_stand_back_in_niceness_and_in_their_scheduling_group() -> None:
-    code = (
-        "import os; from pathlib import Path; from fieldtune.commands.drive import stand_back; stand_back(3); "
-        "group = Path('/proc/self/autogroup'); "
-        "print(os.nice(0), group.read_text().split()[-1] if group.exists() else '')"
-    )
-    before = os.nice(0)
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True, timeout=60
-    )
-    assert output.stdout.split() in ([str(before + 3)], [str(before + 3)] * 2)

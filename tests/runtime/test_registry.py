@@ -74,8 +74,11 @@ def test_live_and_history(tmp_path: Path) -> None:
 def test_what_was_served_leaves_out_what_was_only_added(tmp_path: Path) -> None:
     registry = filled(tmp_path, "A", "B", "C", "D")
     assert registry.served() == []
+    with pytest.raises(RegistryError, match="no version has been live yet"):
+        registry.first()
     for version in "CDCB":
         registry.set_live(version, why="test")
+    assert registry.first().version == "C"
     assert [(row.version, row.number, row.live) for row in registry.served()] == [
         ("C", 3, False),
         ("D", 4, False),

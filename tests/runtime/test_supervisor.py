@@ -189,6 +189,19 @@ def test_a_child_that_does_not_stop_is_killed_after_the_deadline(make: Make) -> 
     assert not alive(pid)
 
 
+def test_a_nicer_child_is_so_within_its_session_and_among_sessions(make: Make) -> None:
+    child = make(OBEDIENT)
+    child.niceness = 3
+    child.start()
+    up(child)
+    assert child.process is not None
+    wanted = min(os.nice(0) + 3, 19)
+    assert os.getpriority(os.PRIO_PROCESS, child.process.pid) == wanted
+    group = Path(f"/proc/{child.process.pid}/autogroup")
+    if group.exists() and os.access(group, os.W_OK):
+        assert group.read_text().split()[-1] == str(wanted)
+
+
 def test_stopping_what_never_ran(make: Make) -> None:
     child = make(SLEEP)
     child.ask_to_stop()

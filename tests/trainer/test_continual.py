@@ -29,6 +29,7 @@ from trainer.config import DemosConfig, StopConfig, TrainerConfig
 from trainer.continual import ContinualTrainer, TrainingError, train
 from trainer.demos import demo_rows
 from trainer.experience import ExperienceError
+from trainer.export import Exporter
 from trainer.ratio import RatioError
 
 torch.set_num_threads(1)
@@ -251,7 +252,7 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     for _ in range(2):
         iterate(trainer, robot)
     owners: dict[str, Any] = {
-        "publish": continual.Exporter,
+        "publish": Exporter,
         "add": Registry,
         "append_line": metrics,
         "save": ContinualTrainer,
@@ -409,7 +410,7 @@ def test_the_anchor_is_the_policy_that_the_run_started_from_also_after_a_restart
     assert lines[1]["cloning_loss"] == pytest.approx(0.0, abs=1e-6), "it is where the anchor is"
     with torch.no_grad():
         trainer._vla.head.bias += 0.1
-    trainer._publish(EpisodeIndex(run.episodes).after(0))
+    trainer._versions.add({"command": "train"})
     trainer.save()
     again = make_trainer(run, config)
     assert again._frozen is not None

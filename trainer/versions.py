@@ -1,0 +1,99 @@
+"""The versions that training makes: written as bundles, entered in the registry, made live, and followed by operators.
+
+    bundle on disk -> registry -> ... -> announced to the runtime
+
+What lies between is the trainer's: a version may wait for its announcement through a crash.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from runtime.bundle import Bundle, read_bundle
+from runtime.registry import Registry
+from runtime.rundir import RunDir
+from trainer.config import PPOConfig
+from trainer.export import Exporter, become
+from trainer.ratio import Behaviours
+from trainer.vla import VLA
+
+
+class Versions:
+    """`current` is the version of the weights that `vla` has; `behaviours` knows what may have acted."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        vla: VLA,
+        bundle: Bundle,
+        *,
+        max_staleness_versions: int,
+        announce: Callable[[Path], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        """`vla` has the weights of `bundle`, a version of the run. `announce` makes the runtime serve a bundle."""
+        self._policies, self._registry = run.policies, Registry(run.registry)
+        self._vla, self._announce, self._warn = vla, announce, warn
+        self._exporter = Exporter.of_bundle(vla, bundle)
+        self.behaviours = Behaviours(run.policies, vla, max_staleness_versions + 2)
+        self.current = bundle.version
+
+    def add(self, made: dict[str, Any]) -> None:
+        """Write the weights as a bundle and enter it in the registry; it is not live yet."""
+        version = self._exporter.publish(self._policies, parent=self.current, made=made)
+        self._registry.add(version, parent=self.current, made=made)
+        self.behaviours.remember(version, self._vla)
+        self.current = version
+
+    def follow_live(self) -> bool:
+        """Make the current version live, or follow an operator who has gone back from it; whether that was so.
+
+        A version that never was live is one whose announcement is still to be made (now, or after a crash). One that
+        was live and is no longer has been replaced on purpose: learning goes on from what is live.
+        """
+        history = self._live_history()
+        live = self._registry.live()
+        replaced = False
+        if self.current not in history:
+            self._announce(self._policies / self.current)
+            history = self._live_history()
+        elif live is not None and live != self.current:
+            self._warn(f"version {live[:12]} was made live in place of {self.current[:12]}; going on from it")
+            become(self._vla, read_bundle(self._policies / live))
+            self.behaviours.remember(live, self._vla)
+            self.current = live
+            replaced = True
+        self.behaviours.set_history(history)
+        return replaced
+
+    def set_exploration(self, ppo: PPOConfig) -> None:
+        """Let the run explore with the noise that it asks for, if the version it starts from has another.
+
+        Nobody has to make its supervised fine-tuning again for that. What it makes is a version like any other, and the
+        runtime swaps to it before anything is learned.
+        """
+        spec, log_sigma = self._vla.spec, self._vla.log_sigma.detach()
+        rho = spec.noise_correlation if ppo.noise_correlation is None else ppo.noise_correlation
+        wanted = log_sigma if ppo.sigma is None else torch.full_like(log_sigma, math.log(ppo.sigma))
+        if rho == spec.noise_correlation and torch.equal(wanted, log_sigma):
+            return
+        self._vla.spec = msgspec.structs.replace(spec, noise_correlation=rho)
+        with torch.no_grad():
+            self._vla.log_sigma.copy_(wanted)
+        self.add({"command": "explore", "sigma": self._vla.sigma, "noise_correlation": rho})
+
+    def first(self) -> VLA:
+        """The policy that the run started from, as one that does not learn."""
+        frozen = copy.deepcopy(self._vla).requires_grad_(False)
+        become(frozen, read_bundle(self._policies / self._registry.first().version))
+        return frozen
+
+    def _live_history(self) -> list[str]:
+        return [change.version for change in self._registry.history()]
