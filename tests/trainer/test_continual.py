@@ -264,7 +264,7 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     assert rows is not None
     with monkeypatch.context() as patch:
         if owners[where] is None:
-            patch.setattr(trainer, "_announce", crash)
+            patch.setattr(trainer._versions, "_announce", crash)
         else:
             patch.setattr(owners[where], where, crash)
         with pytest.raises(CrashError):
