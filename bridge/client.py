@@ -161,17 +161,22 @@ class PolicyClient:
         return self._request
 
     def _connect(self) -> zmq.Socket[bytes]:
-        if self.endpoint.startswith("ipc://"):
-            # Somebody else's socket at a guessable address must not be taken for the runtime.
-            require_private(self.endpoint)
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.immediate = True
-        socket.maxmsgsize = MAX_FRAME_BYTES
-        if self.keys is not None:
-            secure_client(socket, self.keys)
-        socket.connect(self.endpoint)
-        return socket
+        return connect_dealer(self._context, self.endpoint, self.keys)
+
+
+def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Path | None) -> zmq.Socket[bytes]:
+    """A DEALER socket to a runtime. Raises `ConfigError` for keys or a socket's directory that are not as they must."""
+    if endpoint.startswith("ipc://"):
+        # Somebody else's socket at a guessable address must not be taken for the runtime.
+        require_private(endpoint)
+    socket = context.socket(zmq.DEALER)
+    socket.linger = 0
+    socket.immediate = True
+    socket.maxmsgsize = MAX_FRAME_BYTES
+    if keys is not None:
+        secure_client(socket, keys)
+    socket.connect(endpoint)
+    return socket
 
 
 def retry_hello(
