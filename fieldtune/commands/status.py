@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.markup import escape
 from rich.table import Table
 
 from bridge.messages import GetStatus, StatusReply
@@ -93,9 +94,9 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
     if lost or now.log.get("error"):
         table.add_row("[red]log[/red]", f"[red]{lost} episodes lost: {now.log.get('error')}[/red]")
     if now.stopped:
-        table.add_row("[red]stopped[/red]", f"[red]{now.stopped}[/red]")
+        table.add_row("[red]stopped[/red]", f"[red]{escape(now.stopped)}[/red]")
     elif odd := [f"{name} {state}" for name, state in now.robots.items() if state not in ("driving", "idle")]:
-        table.add_row("robots", ", ".join(odd))
+        table.add_row("robots", escape(", ".join(odd)))
     if now.interventions:
         table.add_row("safety stage", ", ".join(f"{rule} {count}" for rule, count in now.interventions.items()))
     if now.refused:

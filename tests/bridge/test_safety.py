@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from guarded import ROBOT, Clock, Robot, f32
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -14,7 +15,6 @@ from bridge.backend import BackendError, Float32
 from bridge.config import BridgeConfig, ConfigError, SafetyConfig, parse
 from bridge.messages import RULES, WireError
 from bridge.safety import FIRST_JUMP, RANGE, RATE, WORKSPACE, SafetyStage, limits_of
-from guarded import ROBOT, Clock, Robot, f32
 
 DELTA = replace(ROBOT, action=replace(ROBOT.action, kind="delta"))
 SIMULATOR = replace(DELTA, paced=False)
