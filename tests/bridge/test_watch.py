@@ -113,7 +113,7 @@ def test_a_runtime_that_is_killed_in_mid_chunk_leaves_a_robot_that_holds_stops_s
     until(lambda: serving.status()["sessions"] == 1, "the robot to say hello to the new runtime")
     until(lambda: serving.status()["robots"].get("arm", "").startswith("stopped: "), "the runtime to know of the stop")
     time.sleep(0.3)
-    assert set(note.what for note in arm.notes[stopped:]) == {"stop"}
+    assert {note.what for note in arm.notes[stopped:]} == {"stop"}
     told, _ = serving.client().request(Operate(command="reset"), Operated)
     assert told.robots == ("arm",)
     resets = arm.count("reset")
@@ -132,7 +132,7 @@ def test_a_stop_reaches_all_robots_and_not_one_action_follows(
     asked_s = time.monotonic()
     told, _ = operator.request(Operate(command="stop", why="a hand"), Operated)
     assert told.robots == ("arm1", "arm2")
-    stopped = {name: "stopped: a hand" for name in robots}
+    stopped = dict.fromkeys(robots, "stopped: a hand")
     until(lambda: serving.status()["robots"] == stopped, "the robots to say that they are stopped")
     time.sleep(0.5)  # five control periods
     for name, robot in robots.items():
