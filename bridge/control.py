@@ -123,7 +123,7 @@ def run_episode(
             decisions += 1
             actions = actions[:play_steps][: assignment.horizon_steps - steps]
             last = chunk.decision
-            report, status = _play(backend, guard, actions, observed_s, pacer)
+            report, status = _play(guard, actions, observed_s, pacer)
             steps += len(report["sent"])
             if status == "running" and guard.ending:
                 status, reason = ENDINGS[guard.ending]
@@ -146,7 +146,7 @@ def run_episode(
 
 
 def _play(
-    backend: Backend, guard: Guard, actions: Float32, observed_s: float, pacer: Pacer | None
+    guard: Guard, actions: Float32, observed_s: float, pacer: Pacer | None
 ) -> tuple[dict[str, Float32 | UInt8], Status]:
     """Execute actions `[h, d]` until they are used up, the episode ends or the guard cuts the chunk; at least one
     action is sent, the hold action if need be. Returns the tensors that report what was sent, and the status."""
@@ -165,7 +165,7 @@ def _play(
         if rule:
             rules[i] |= rule
         sent.append(really)
-        outcome = backend.outcome()
+        outcome = guard.outcome()
         rewards.append(outcome.reward)
         status = outcome.status
         if pacer:

@@ -1,8 +1,8 @@
 """The guard: the only way from the control loop to the backend, the dead-man, the latched stop, the operator's wishes.
 
 `bridge.watch` has the thread that calls `tick` and brings the runtime's orders. It must be able to stop a robot whose
-loop hangs, so each call of the backend is made under one lock; a stop waits for that lock for half a control period and
-then stops without it.
+loop hangs, so each call of the backend in an episode is made under one lock; a stop waits for that lock for half a
+control period and then stops without it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bridge.backend import Backend, Float32, Observation, UInt8
+from bridge.backend import Backend, Float32, Observation, Outcome, UInt8
 from bridge.config import SafetyConfig
 from bridge.errors import FieldtuneError
 from bridge.messages import Ending, Orders, RobotState
@@ -124,6 +124,11 @@ class Guard:
                 self._backend.stop()
                 self._raise_if_halted()
             return sent, rule
+
+    def outcome(self) -> Outcome:
+        """The backend's status and reward."""
+        with self._device:
+            return self._backend.outcome()
 
     def hold(self) -> Float32:
         """Send the hold action in place of a chunk's: what was really sent. Raises `StoppedError`."""

@@ -150,17 +150,23 @@ class SafetyStage:
         return age_s is not None and self._clock() - observed_s > age_s
 
     def keep_inside(self, action: Float32) -> tuple[Float32, int]:
-        """The action, or the hold action and the bit of the rule if its tip would be outside the workspace.
+        """The action, or the hold action if its tip would be outside the workspace, and the bit of the rule.
 
         A tip that is outside already, by hand or by an earlier configuration, may come back.
         """
         if self._tip_after is None:
             return action, 0
+        rule, step, last = 0, self.limits.step, self._last
+        if step is not None and last is not None:
+            # The chunk went on in thought while the robot was held at the wall; it must not jump after it.
+            limited = _near(action, last, step)
+            if (limited != action).any():
+                action, rule = limited, RATE
         after = self._outside(action)
         if after == 0.0:
-            return action, 0
+            return action, rule
         hold = self.hold_action()
-        return (action, 0) if after < self._outside(hold) else (hold, WORKSPACE)
+        return (action, rule) if after < self._outside(hold) else (hold, WORKSPACE)
 
     def _outside(self, action: Float32) -> float:
         """How far outside the box the tip is after this action, m; nowhere is infinitely far."""
@@ -175,15 +181,21 @@ class SafetyStage:
     def _limit_steps(allowed: Float32, rules: UInt8, last: Float32, step: Float32) -> None:
         """Bring each action within `step` of the one before it, in place."""
         before = np.concatenate([last[None], allowed[:-1]])
-        if not (np.abs(allowed - before) > step).any():
+        if (_near(allowed, before, step) == allowed).all():
             return
         # What one action is cut by shifts all that follow it, so this cannot be done at once.
         for i, action in enumerate(allowed):
-            limited = np.minimum(np.maximum(action, last - step), last + step)
+            limited = _near(action, last, step)
             if (limited != action).any():
                 allowed[i] = limited
                 rules[i] |= RATE
             last = allowed[i]
+
+
+def _near(action: Float32, last: Float32, step: Float32) -> Float32:
+    """The action brought within `step` of the one before it."""
+    near: Float32 = np.minimum(np.maximum(action, last - step), last + step)
+    return near
 
 
 def _spec_range(spec: BackendSpec) -> tuple[Float64, Float64]:

@@ -1,4 +1,4 @@
-"""A bridge as a process of its own: `robot_process.py ENDPOINT NAME NOTES` drives a paced dot.
+"""A bridge as a process of its own: `robot_process.py ENDPOINT NAME NOTES STOP_AFTER_S` drives a paced dot.
 
 Each call of the backend is a line of NOTES with the time at which it came; what the bridge says goes to stderr.
 """
@@ -20,7 +20,7 @@ from bridge.client import PolicyClient
 from bridge.config import BridgeConfig, SafetyConfig
 from bridge.drive import drive
 
-HOLD_AFTER_S, STOP_AFTER_S = 1.0, 3.0
+HOLD_AFTER_S = 1.0
 
 
 class PacedPoint(Point):
@@ -52,13 +52,14 @@ class PacedPoint(Point):
         self._note("stop")
 
 
-def main(endpoint: str, name: str, notes: str) -> None:
+def main(endpoint: str, name: str, notes: str, stop_after: str) -> None:
     """Drive until SIGTERM."""
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
+    stop_after_s = float(stop_after)
     config = BridgeConfig(
-        request_timeout_s=STOP_AFTER_S + 1.0,
-        safety=SafetyConfig(hold_after_s=HOLD_AFTER_S, stop_after_s=STOP_AFTER_S),
+        request_timeout_s=stop_after_s + 1.0,
+        safety=SafetyConfig(hold_after_s=HOLD_AFTER_S, stop_after_s=stop_after_s),
     )
     with PolicyClient(endpoint, client=name, timeout_s=config.request_timeout_s) as client:
         drive(

@@ -147,6 +147,15 @@ def test_the_tip_stays_in_its_box_and_may_come_back_into_it() -> None:
     assert outside.keep_inside(f32(0.9, 0))[1] == outside.keep_inside(f32(0.8, 0))[1] == WORKSPACE
 
 
+def test_a_robot_that_was_held_at_the_wall_does_not_jump_to_where_the_chunk_has_got_to() -> None:
+    s = SafetyStage(Tip(at=f32(0.45, 0)), SafetyConfig(**BOX))
+    chunk, rules = s.check(f32([0.55, 0.2], [0.6, 0.4], [0.5, 0.45]))
+    assert not rules.any()
+    assert s.keep_inside(chunk[0])[1] == s.keep_inside(chunk[1])[1] == WORKSPACE
+    kept, rule = s.keep_inside(chunk[2])
+    assert kept.tolist() == f32(0.5, 0.2).tolist() and rule == RATE
+
+
 def test_a_tip_that_is_nowhere_is_outside() -> None:
     robot = Tip()
     robot.tip_after = lambda action: np.full(3, np.nan, np.float32)  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """Robots that are processes of their own: their runtime is killed in mid-chunk, and all of them are stopped at once."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,13 +66,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """`start("runtime")` and `start(robot's name)` start processes on one address."""
     running: list[subprocess.Popen[bytes]] = []
 
-    def begin(name: str) -> Any:
+    def begin(name: str, stop_after_s: float = 3.0) -> Any:
         endpoint, said = f"ipc://{tmp_path}/policy.sock", tmp_path / f"{name}.log"
         if name == "runtime":
             running.append(run_script("runtime_process.py", endpoint, said=said))
             return running[-1]
         notes = tmp_path / f"{name}.notes"
-        running.append(run_script("robot_process.py", endpoint, name, str(notes), said=said))
+        running.append(run_script("robot_process.py", endpoint, name, str(notes), str(stop_after_s), said=said))
         return RobotProcess(running[-1], notes, said)
 
     yield begin
@@ -119,6 +120,17 @@ def test_a_runtime_that_is_killed_in_mid_chunk_leaves_a_robot_that_holds_stops_s
     resets = arm.count("reset")
     until(lambda: arm.notes[-1].what == "apply" and arm.count("reset") == resets + 1, "the robot to go on")
     assert "reset by the operator" in arm.said
+
+
+def test_a_runtime_that_is_silent_for_a_moment_leaves_a_robot_that_holds_and_goes_on(start: Any) -> None:
+    runtime, arm = start("runtime"), start("arm", stop_after_s=50.0)
+    until(lambda: arm.count("apply") >= 3, "the chunk to be played")
+    runtime.send_signal(signal.SIGSTOP)
+    until(lambda: arm.notes[-1].x == 0.0, "the robot to hold")
+    runtime.send_signal(signal.SIGCONT)
+    until(lambda: arm.notes[-1].x == ACTION, "the robot to go on")
+    assert arm.count("stop") == 0 and arm.count("reset") == 1
+    assert "holding: the runtime has been silent" in arm.said and "stopped" not in arm.said
 
 
 def test_a_stop_reaches_all_robots_and_not_one_action_follows(
