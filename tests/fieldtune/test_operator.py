@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ from bridge.guard import Guard
 from bridge.watch import Watcher
 from fieldtune.cli import run
 from fieldtune.keyboard import keys
+from runtime.episodes import EpisodeLog
 
 ENOUGH_S = 60.0
 
@@ -109,6 +111,26 @@ def test_without_a_runtime_or_a_robot_it_is_an_error(
     monkeypatch.setattr("fieldtune.commands.operator.TIMEOUT_S", 0.1)
     assert run(["stop", deployment("tcp://127.0.0.1:9")]) == 1
     assert "nobody listens" in capsys.readouterr().err
+
+
+def test_what_the_safety_stage_changed_is_shown_decision_by_decision(
+    serve: Any, deployment: Any, point: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve(log=EpisodeLog(tmp_path / "point" / "episodes"))
+    robot = serving.robot(point.spec)
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    robot.executed(3)
+    robot.report["rules"] = np.array([1, 3, 0], np.uint8)
+    robot.infer(robot.observation(point.spec))
+    robot.executed(1)
+    stored = robot.end(robot.observation(point.spec))
+    config = deployment(serving.endpoint)
+    assert run(["episodes", "show", config, stored.episode, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["decisions"]
+    assert first["rules"] == {"range": 2, "rate": 1} and second["rules"] == {}
+    assert run(["episodes", "show", config, stored.episode]) == 0
+    assert "range 2 rate 1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_keys_are_read_one_by_one_and_the_terminal_is_left_as_it_was() -> None:
