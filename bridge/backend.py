@@ -58,7 +58,9 @@ class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     wordings of which each episode gets one (see `instruction_of`), the first being the canonical one. Whatever is
     given, the spec holds tuples. `privileged` describes simulator state that only the trainer's critic may see; a real
     robot has none. `paced` is true where time passes by itself (a robot: the loop sleeps to the control rate) and false
-    where time advances in `apply` (a simulator). Raises `ValueError` for a task without a text.
+    where time advances in `apply` (a simulator). `max_rate` is the largest change of each element of an absolute action
+    in a second; without it a robot moves through at most its whole range in a second. Raises `ValueError` for a task
+    without a text.
     """
 
     name: str
@@ -69,6 +71,7 @@ class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     instructions: dict[str, str | tuple[str, ...]]
     privileged: VectorSpec | None = None
     paced: bool = False
+    max_rate: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         held = {task: _texts(task, given) for task, given in self.instructions.items()}
@@ -112,8 +115,9 @@ class Outcome:
 
 @runtime_checkable
 class Backend(Protocol):
-    """An environment or a robot. The loop calls it from one thread, in the order connect, (reset, (observe, apply,
-    outcome)*)*, stop, close. `stop` may be called at any time and any number of times.
+    """An environment or a robot. It is called in the order connect, (reset, (observe, apply, outcome)*)*, stop, close,
+    by one thread at a time; for a robot `hold_action` and `apply` also by the thread of the dead-man. `stop` may be
+    called any number of times and at any time: from another thread too, while another method runs or hangs.
     """
 
     @property
@@ -160,6 +164,15 @@ class HasExpert(Protocol):
 
     def expert_action(self) -> Float32:
         """The scripted expert's action `[d]` for the present state of the running episode."""
+        ...
+
+
+@runtime_checkable
+class HasTip(Protocol):
+    """A backend that can say where its tip is, so that a workspace can be kept."""
+
+    def tip_after(self, action: Float32) -> Float32:
+        """Where the tip is once the action `[d]` is carried out from the present state: float32 `[3]`, m."""
         ...
 
 

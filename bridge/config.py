@@ -30,6 +30,39 @@ class BackendConfig(Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
 
 
+class SafetyConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The stage between chunk and backend; always on (docs/safety.md). Limits by name of an element of the action, in
+    its unit. They tighten those of the backend's spec; one that would loosen them is an error."""
+
+    low: dict[str, float] = {}
+    """Lowest value to be sent, not below the spec's."""
+    high: dict[str, float] = {}
+    """Highest value to be sent, not above the spec's."""
+    max_step: dict[str, Positive] = {}
+    """Largest change from one action to the next."""
+    max_rate: dict[str, Positive] = {}
+    """The same per second, not above the spec's `max_rate`. A robot whose spec has none moves through at most its whole
+    range in a second (absolute actions)."""
+    first_jump: Annotated[float, Meta(gt=0, le=1)] = 0.25
+    """Share of its range that a robot's first target may be away from where it is; beyond it the robot holds."""
+    workspace_low: tuple[float, float, float] | None = None
+    """Corner of the box that the tip must not leave, m; needs a backend with `tip_after`."""
+    workspace_high: tuple[float, float, float] | None = None
+    """The opposite corner, m."""
+    chunk_age_s: Annotated[float, Meta(gt=0, le=10)] = 2.0
+    """A robot plays no action of a chunk whose observation is older; it asks for the next chunk."""
+    hold_after_s: Annotated[float, Meta(gt=0, le=10)] = 0.5
+    """A robot whose runtime or control loop is silent for longer is held."""
+    stop_after_s: Annotated[float, Meta(gt=0, le=60)] = 2.0
+    """And stopped after this long; it goes on only after a reset by the operator."""
+
+    def __post_init__(self) -> None:
+        if self.stop_after_s <= self.hold_after_s:
+            raise ValueError(f"stop_after_s {self.stop_after_s:g} must be above hold_after_s {self.hold_after_s:g}")
+        if (self.workspace_low is None) != (self.workspace_high is None):
+            raise ValueError("workspace_low and workspace_high belong together; one of them is missing")
+
+
 class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The side of the robot or simulator."""
 
@@ -50,6 +83,8 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
     give_up_after_s: Positive = 60.0
     """How long the bridge looks for a runtime that does not answer before it exits with an error."""
+    safety: SafetyConfig = SafetyConfig()
+    """see `bridge.safety`"""
 
 
 class _Loader(yaml.SafeLoader):

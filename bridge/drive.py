@@ -12,11 +12,14 @@ from bridge.backend import Backend
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport, run_episode
+from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, WireError
+from bridge.watch import Watcher
 
 # Refusals after which a new session can go on; anything else would be refused again.
 RECOVERABLE = ("session", "episode", "replayed", "internal")
 MAX_FAILURES = 10  # in a row, before the worker leaves with the error: something is wrong that waiting does not mend
+LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 
 
 @dataclass(slots=True)
@@ -40,12 +43,17 @@ def drive(
     report: Callable[[EpisodeReport, Assignment], None],
     warn: Callable[[str], None],
     episodes: int | None = None,
+    guard: Guard | None = None,
 ) -> DriveSummary:
     """Run episodes as the runtime assigns them until it has no more, `stopped`, or `episodes` are done.
 
     When the runtime falls silent or refuses in mid-episode the backend is stopped, the episode is given up (the runtime
     keeps it as aborted) and the worker says hello again for at most `give_up_after_s`; then `SilentError` is raised.
+    A robot that was stopped takes no episode until the operator has reset it. `guard` is given by whoever hears the
+    operator at this computer. Raises `ConfigError` for safety limits that are missing or loosened.
     """
+    guard = guard or Guard(backend, config.safety, warn=warn)
+    watcher = Watcher(guard, client.endpoint, client=client.client, keys=client.keys)
     summary = DriveSummary()
     session = ""
     failures = 0
@@ -75,15 +83,20 @@ def drive(
 
     backend.connect()
     started_s = time.monotonic()
+    watcher.start()
     try:
         while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
             if not session:
                 welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
                 if welcome is None:
                     break
-                session = welcome.session
+                session = watcher.session = welcome.session
             driving = False
             try:
+                if guard.stopped or guard.paused:
+                    settle(0)
+                    time.sleep(LOOK_S)
+                    continue
                 answer, _ = client.ask(NextEpisode(session=session))
                 if isinstance(answer, NoEpisode):
                     settle(0)
@@ -94,14 +107,18 @@ def drive(
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
                 driving = True
-                result = run_episode(backend, client, session, answer, stopped, config.play_steps)
+                result = run_episode(backend, client, session, answer, guard, stopped, config.play_steps)
                 driving = False
                 if result is None:
                     break
                 unstored.append((result, answer))
                 settle(1)
+            except StoppedError:
+                # The guard has said why. The runtime closes the episode when it hears of the stop.
+                summary.dropped_episodes += 1
+                continue
             except (SilentError, WireError, RefusedError) as error:
-                failures += 1
+                failures += not guard.stopped  # a stop is why the runtime refuses, and may be why it is silent
                 final = isinstance(error, RefusedError) and error.refused.code not in RECOVERABLE
                 if final or failures > MAX_FAILURES:
                     raise
@@ -122,6 +139,7 @@ def drive(
             warn(f"{error}; the last episode may not be stored")
     finally:
         summary.drive_s = time.monotonic() - started_s
+        watcher.close()
         backend.stop()
         backend.close()
     return summary

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bridge.backend import BackendSpec, Observation
 from bridge.errors import FieldtuneError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 32
 MAX_DIMS = 4
@@ -31,6 +31,12 @@ Arrays = Mapping[str, NDArray[Any]]
 Code = Literal[
     "protocol", "malformed", "spec", "session", "episode", "replayed", "bundle", "version", "storage", "internal"
 ]
+
+Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
+Ending = Literal["", "end", "success", "failure"]
+RobotState = Literal["idle", "driving", "paused", "holding", "stopped"]
+RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold")
+"""The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
 
 
 class WireError(FieldtuneError):
@@ -79,7 +85,8 @@ class Infer(Message, frozen=True, tag="infer"):
 
     `step` is the number of environment steps executed in this episode before this observation. `executed` is the number
     of the decision before this one, 0 if there is none; what became of it is told by two more tensors: `sent` float32
-    `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon.
+    `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon. A third, `rules` uint8
+    `[k]`, comes where the safety stage changed one of them (bits of `RULES`).
     """
 
     session: str
@@ -91,7 +98,8 @@ class Infer(Message, frozen=True, tag="infer"):
 class EndEpisode(Message, frozen=True, tag="end_episode"):
     """Close the episode. Reports the last decision as `Infer` does.
 
-    The tensors of the last observation come along: a truncated return bootstraps from it.
+    The tensors of the last observation come along: a truncated return bootstraps from it. `reason` is empty, or says
+    that the operator ended it.
     """
 
     session: str
@@ -99,6 +107,32 @@ class EndEpisode(Message, frozen=True, tag="end_episode"):
     status: Literal["success", "failure", "timeout"]
     steps: int
     executed: int
+    reason: str = ""
+
+
+class Watch(Message, frozen=True, tag="watch"):
+    """A bridge's sign of life, several times a second over a connection of its own; answered at once by `Orders`.
+
+    `bridge` names this process for as long as it lives; `why` says why it is stopped or holds. A session whose bridge
+    says that it is stopped has its open episode closed as aborted.
+    """
+
+    bridge: str
+    client: str
+    session: str
+    state: RobotState
+    why: str = ""
+
+
+class Operate(Message, frozen=True, tag="operate"):
+    """The operator's word to all robots of the runtime, or to those of the client `robot`; needs no hello.
+
+    `stop` and `reset` are always for all.
+    """
+
+    command: Command
+    why: str = ""
+    robot: str = ""
 
 
 class GetStatus(Message, frozen=True, tag="get_status"):
@@ -158,6 +192,26 @@ class EpisodeStored(Message, frozen=True, tag="episode_stored"):
     episode: str
 
 
+class Orders(Message, frozen=True, tag="orders"):
+    """What a bridge has to obey: the answer to `Watch`, and sent unasked (`request` 0) when the operator speaks.
+
+    `stopped` is why all robots are stopped; empty if they are not. `reset` lifts a stop. `end` is how the episode
+    `episode` is to end now; empty if it goes on.
+    """
+
+    stopped: str = ""
+    reset: bool = False
+    paused: bool = False
+    episode: str = ""
+    end: Ending = ""
+
+
+class Operated(Message, frozen=True, tag="operated"):
+    """The robots that were told, by client."""
+
+    robots: tuple[str, ...]
+
+
 class StatusReply(Message, frozen=True, tag="status"):
     """The runtime's counters and latencies; the keys are those of `runtime.status.Status`."""
 
@@ -179,8 +233,8 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
 
 
-Request = Hello | NextEpisode | Infer | EndEpisode | GetStatus | Announce | Rollback
-Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | StatusReply | Serving | Refused
+Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Rollback
+Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | Orders | Operated | StatusReply | Serving | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -24,6 +24,8 @@ COMMANDS = {
     "up": ("fieldtune.commands.up:up", "run a whole deployment: demonstrations, SFT, serve, drive, train, evaluate"),
     "serve": ("fieldtune.commands.serve:serve", "serve the live policy and log episodes"),
     "drive": ("fieldtune.commands.drive:drive", "drive one backend with a runtime's policy"),
+    "stop": ("fieldtune.commands.operator:stop", "stop all robots of a running runtime at once"),
+    "operator": ("fieldtune.commands.operator:operator", "pause, resume, end or judge the episode, reset after a stop"),
     "train": ("fieldtune.commands.train:train", "improve the policy from the episodes of a run"),
     "eval": ("fieldtune.commands.evaluate:evaluate", "evaluate a version on goals never trained on"),
     "demos": ("fieldtune.commands.train:demos", "collect scripted demonstrations"),

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from bridge.backend import BackendSpec, Float32, Observation
+from bridge.backend import BackendSpec, Float32, Observation, UInt8
 
 End = Literal["success", "failure", "timeout", "aborted"]
 Source = Literal["policy", "expert"]
@@ -49,7 +49,7 @@ class DecisionRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag=
 
 
 class ExecutedRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag="executed"):
-    """What became of a decision. Tensors: `sent` `[k, d]`, `reward` `[k]`."""
+    """What became of a decision. Tensors: `sent` `[k, d]`, `reward` `[k]`, and `rules` `[k]` where any is not 0."""
 
     decision: int
     tensors: dict[str, TensorRecord]
@@ -61,8 +61,10 @@ class EndRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag="end"
     status: End
     steps: int
     reason: str
-    """Why an episode was aborted; empty otherwise."""
+    """Why an episode was aborted, or that the operator ended it; empty otherwise."""
     tensors: dict[str, TensorRecord]
+    interventions: dict[str, int] = {}
+    """Steps that each rule of the safety stage changed; rules that changed none are left out."""
 
 
 Record = EpisodeStart | DecisionRecord | ExecutedRecord | EndRecord
@@ -75,6 +77,8 @@ class Decision:
     `actions` float32 `[h, d]` is the chunk as sampled, `log_prob` float32 `[h]` its log-prob by action under the
     behaviour policy (None where the mean was taken or an expert acted). The first `len(sent)` = k actions were
     executed: `sent` float32 `[k, d]` is what the backend really sent, `reward` float32 `[k]` the backend's own reward.
+    `rules` uint8 `[k]` has the bits of the rules (`bridge.messages.RULES`) by which the safety stage changed an action;
+    None where it changed none.
     """
 
     number: int
@@ -85,6 +89,7 @@ class Decision:
     log_prob: Float32 | None
     sent: Float32
     reward: Float32
+    rules: UInt8 | None = None
 
 
 @dataclass(slots=True)

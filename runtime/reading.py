@@ -112,6 +112,7 @@ def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:
 
 
 def _execute(decision: Decision, arrays: Arrays) -> None:
+    rules = arrays.pop("rules", None)
     if sorted(arrays) != ["reward", "sent"]:
         raise WireError("tensors", f"a report has {', '.join(arrays)}; expected sent, reward")
     sent, reward = arrays["sent"], arrays["reward"]
@@ -121,7 +122,9 @@ def _execute(decision: Decision, arrays: Arrays) -> None:
         raise WireError("tensors.sent", f"{k} actions were sent of a chunk of {h}")
     _check("sent", sent, (k, d))
     _check("reward", reward, (k,))
-    decision.sent, decision.reward = sent, reward
+    if rules is not None and (rules.dtype != np.uint8 or rules.shape != (k,)):
+        raise WireError("tensors.rules", f"is {rules.dtype}{list(rules.shape)}, expected uint8[{k}]")
+    decision.sent, decision.reward, decision.rules = sent, reward, rules
 
 
 def _observation(arrays: Arrays, spec: BackendSpec) -> Observation:

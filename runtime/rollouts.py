@@ -140,7 +140,13 @@ class Rollouts:
         def stored(error: str | None) -> None:
             self._finish(lambda: self._stored(session, opened, message, error))
 
-        record = EndRecord(status=message.status, steps=message.steps, reason="", tensors=tensor_records(arrays))
+        record = EndRecord(
+            status=message.status,
+            steps=message.steps,
+            reason=message.reason,
+            tensors=tensor_records(arrays),
+            interventions=dict(opened.interventions),
+        )
         self._log.end(opened.episode, record, stored)
 
     def abort(self, session: Session, reason: str) -> None:
@@ -151,7 +157,13 @@ class Rollouts:
         self._schedule.ended(opened.task, opened.seed, "aborted")
         if opened.started:
             self._count(opened, "aborted")
-            record = EndRecord(status="aborted", steps=opened.steps, reason=reason, tensors={})
+            record = EndRecord(
+                status="aborted",
+                steps=opened.steps,
+                reason=reason,
+                tensors={},
+                interventions=dict(opened.interventions),
+            )
             self._log.end(opened.episode, record, lambda _error: None)
 
     def _check_report(self, opened: OpenEpisode, message: Infer | EndEpisode, report: Arrays) -> int:
@@ -164,6 +176,8 @@ class Rollouts:
             return
         opened.steps += k
         opened.reported = decision
+        if "rules" in report:
+            opened.count_interventions(report["rules"])
         self._log.append(opened.episode, ExecutedRecord(decision=decision, tensors=tensor_records(report)))
 
     # --- what other threads have finished -------------------------------------------------------------------------
@@ -176,6 +190,11 @@ class Rollouts:
             opened = session.open if session is not None else None
             if session is None or opened is None or opened.episode != pending.episode:
                 self._counters.dropped += 1
+                if session is not None:
+                    # A client that was stopped still waits for it; one that has moved on drops the answer.
+                    self._router.refuse(
+                        pending.identity, pending.request, "episode", "episode", "closed before its chunk was ready"
+                    )
                 continue
             opened.waiting = False
             if item.error:
@@ -212,6 +231,7 @@ class Rollouts:
         self._router.send(session.identity, EpisodeStored(request=message.request, episode=message.episode))
 
     def _count(self, opened: OpenEpisode, status: End) -> None:
+        self._counters.interventions.update(opened.interventions)
         brief = EpisodeBrief(opened.task, status, opened.steps, self._live().version, self._counters.uptime_s)
         self._counters.add_episode(brief)
 

@@ -27,10 +27,13 @@ from bridge.messages import (
     Hello,
     Infer,
     NextEpisode,
+    NoEpisode,
+    Operate,
     Request,
     Rollback,
     Serving,
     StatusReply,
+    Watch,
     Welcome,
     WireError,
     decode_request,
@@ -39,6 +42,7 @@ from runtime.bundle import BundleError
 from runtime.config import ServeConfig
 from runtime.episodes import EpisodeLog
 from runtime.inference import Infers
+from runtime.operator import Operator
 from runtime.policy import InstructionError, compare_specs
 from runtime.registry import RegistryError
 from runtime.rollouts import Rollouts
@@ -105,6 +109,7 @@ class PolicyServer:
             max_batch=config.max_batch,
             finish=self._finish,
         )
+        self._operator = Operator(self._sessions, self._router, self._rollouts.abort)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.endpoint = self._router.endpoint
 
@@ -167,7 +172,15 @@ class PolicyServer:
             case EndEpisode():
                 self._rollouts.end_episode(self._sessions.find(message.session, identity), message, arrays)
             case NextEpisode():
-                self._rollouts.next_episode(self._sessions.find(message.session, identity), message)
+                session = self._sessions.find(message.session, identity)
+                if self._operator.stopped:
+                    self._router.send(identity, NoEpisode(request=message.request, finished=False, retry_s=0.2))
+                else:
+                    self._rollouts.next_episode(session, message)
+            case Watch():
+                self._operator.watch(identity, message)
+            case Operate():
+                self._operator.operate(identity, message)
             case Hello():
                 self._hello(identity, message)
             case GetStatus():
@@ -245,6 +258,7 @@ class PolicyServer:
         limit_s = time.monotonic() - self._config.session_timeout_s
         for session in [s for s in self._sessions.by_id.values() if s.last_seen_s < limit_s]:
             self._close(session, f"silent for {self._config.session_timeout_s:g} s")
+        self._operator.forget_before(limit_s)
 
     def _close(self, session: Session, reason: str) -> None:
         self._rollouts.abort(session, reason)
@@ -274,4 +288,7 @@ class PolicyServer:
             episodes_per_min=counters.episodes_per_min(),
             shares=self._schedule.shares,
             finished=self._schedule.finished,
+            robots=self._operator.robots(),
+            stopped=self._operator.stopped,
+            interventions=dict(counters.interventions),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec
-from bridge.messages import Code, EndEpisode, Infer, WireError
+from bridge.messages import RULES, Code, EndEpisode, Ending, Infer, WireError
 
 Arrays = dict[str, NDArray[Any]]
-REPORT = ("sent", "reward")
+REPORT = ("sent", "reward", "rules")
 
 
 class RefusalError(Exception):
@@ -43,6 +44,10 @@ class OpenEpisode:
     """The first record is in the log."""
     storing: bool = False
     """The end is with the log and not acknowledged yet."""
+    ending: Ending = ""
+    """How the operator wants it to end."""
+    interventions: Counter[str] = field(default_factory=Counter)
+    """Steps reported so far that each rule of the safety stage changed."""
 
     def check_report(self, message: Infer | EndEpisode, report: Arrays, horizon: int, d: int) -> int:
         """k, the number of actions executed of the last decision; 0 if no decision waits for its report.
@@ -69,11 +74,21 @@ class OpenEpisode:
             raise WireError("tensors.sent", f"is {sent.dtype}{list(sent.shape)}, expected float32 [1..{horizon}, {d}]")
         if reward.dtype != np.float32 or reward.shape != (k,):
             raise WireError("tensors.reward", f"is {reward.dtype}{list(reward.shape)}, expected float32 [{k}]")
+        rules = report.get("rules")
+        if rules is not None and (rules.dtype != np.uint8 or rules.shape != (k,) or (rules >> len(RULES)).any()):
+            raise WireError("tensors.rules", f"expected uint8 [{k}] with bits of the {len(RULES)} rules")
         if not (np.isfinite(sent).all() and np.isfinite(reward).all()):
             raise WireError("tensors", "`sent` or `reward` holds a value that is not finite")
         if self.steps + k > self.horizon_steps:
             raise RefusalError("episode", "tensors.sent", f"the episode may have {self.horizon_steps} steps")
         return k
+
+    def count_interventions(self, rules: NDArray[np.uint8]) -> None:
+        """Add the steps `[k]` of a report in which the safety stage changed the action."""
+        for bit, rule in enumerate(RULES):
+            count = int((rules >> bit & 1).sum())
+            if count:
+                self.interventions[rule] += count
 
     def check_infer(self, message: Infer, k: int) -> None:
         """A chunk is asked for at the step that the reports, with the `k` of this one, have come to."""

@@ -57,6 +57,12 @@ class Status(Struct, frozen=True, kw_only=True):
     """Share of each task in the episodes that are assigned now; empty for a fixed list of episodes."""
     finished: bool
     """No episode will be assigned any more."""
+    robots: dict[str, str] = {}
+    """What each bridge does: idle, driving, paused, holding or stopped, and why."""
+    stopped: str = ""
+    """Why all robots are stopped; empty if they are not."""
+    interventions: dict[str, int] = {}
+    """Steps of ended episodes that each rule of the safety stage changed."""
 
 
 WINDOW = 1000  # decisions
@@ -72,6 +78,7 @@ class Counters:
     swaps: int = 0
     refused_swaps: int = 0
     dropped: int = 0
+    interventions: Counter[str] = field(default_factory=Counter)
     episodes: Counter[str] = field(default_factory=Counter)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[EpisodeBrief] = field(default_factory=lambda: deque(maxlen=RECENT))

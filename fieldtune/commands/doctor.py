@@ -28,6 +28,7 @@ from bridge.client import SilentError
 from bridge.config import ConfigError
 from bridge.endpoint import claim_ipc, is_local, require_private, resolve_endpoint
 from bridge.errors import FieldtuneError
+from bridge.safety import SafetyStage
 from fieldtune import __version__
 from fieldtune.commands.common import Json, Set, endpoint, out, print_json
 from fieldtune.commands.status import runtime_status
@@ -264,9 +265,11 @@ def check_deployment(config: str, overrides: tuple[str, ...]) -> Iterator[Check]
         return
     yield Check("configuration", "ok", f"{config}: deployment {deployment.name}")
     try:
-        spec = make_backend(deployment.backend).spec
+        backend = make_backend(deployment.backend)
+        SafetyStage(backend, deployment.bridge.safety)
+        spec = backend.spec
     except FieldtuneError as error:
-        yield Check("backend", "bad", str(error), "mend $.backend of the file")
+        yield Check("backend", "bad", str(error), "mend $.backend or $.bridge.safety of the file")
     else:
         cameras = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in spec.cameras) or "no camera"
         found = f"{spec.name}: {cameras}, {len(spec.action.names)} actions at {spec.control_hz:g} Hz"

@@ -7,13 +7,21 @@ import socket
 from pathlib import Path
 
 from bridge.backends import make_backend
-from bridge.client import PolicyClient
+from bridge.client import PolicyClient, SilentError
 from bridge.control import EpisodeReport
 from bridge.drive import drive as run_drive
-from bridge.messages import Assignment
+from bridge.guard import Guard
+from bridge.messages import Assignment, Command, Ending, Operate, Operated
 from fieldtune.commands.common import Config, Json, Set, endpoint, out, print_json, warn
 from fieldtune.deployment import load_deployment
+from fieldtune.keyboard import keys
 from runtime.supervisor import stop_on_signals
+
+STOP_KEYS = (" ", "\x1b")
+ENDING_KEYS: dict[str, Ending] = {"e": "end", "s": "success", "f": "failure"}
+HELP = "keys: space or esc stop all robots, r reset, p pause or resume, e end, s success, f failure"
+TELL_S = 2.0
+STDIN = 0
 
 
 def drive(
@@ -28,6 +36,9 @@ def drive(
 ) -> int:
     """Drive the configured backend with the policy of a running runtime.
 
+    In a terminal, keys stop, pause and judge: space or esc stops all robots of the runtime, r resets them; p pauses and
+    resumes this robot, e ends its episode, s and f end it as a success or a failure.
+
     Examples:
       fieldtune drive quickstart --episodes 5
       fieldtune drive my_arm.yaml --set bridge.endpoint=tcp://10.0.0.5:5555 --set bridge.keys=keys/arm1
@@ -40,7 +51,8 @@ def drive(
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
     backend = make_backend(deployment.backend)
-    keys = Path(deployment.bridge.keys) if deployment.bridge.keys else None
+    guard = Guard(backend, deployment.bridge.safety, warn=warn)
+    secret = Path(deployment.bridge.keys) if deployment.bridge.keys else None
     client_name = name or f"{socket.gethostname()}-{os.getpid()}"
 
     def report(result: EpisodeReport, assignment: Assignment) -> None:
@@ -51,9 +63,42 @@ def drive(
             )
 
     address = endpoint_ or endpoint(deployment)
-    with PolicyClient(address, client=client_name, timeout_s=deployment.bridge.request_timeout_s, keys=keys) as client:
+
+    def tell(command: Command, why: str = "") -> None:
+        """To all robots of the runtime, over a connection of its own: the others are busy."""
+        try:
+            with PolicyClient(address, client=client_name, timeout_s=TELL_S, keys=secret) as operator:
+                operator.request(Operate(command=command, why=why), Operated)
+        except SilentError as error:
+            warn(f"{command}: {error}")
+
+    def handle(key: str) -> None:
+        if key in STOP_KEYS:
+            why = f"by a key at {client_name}"
+            guard.stop(why)  # this robot needs no runtime for it
+            tell("stop", why)
+        elif key == "r":
+            tell("reset")
+        elif key == "p":
+            guard.pause(not guard.paused)
+        elif key in ENDING_KEYS:
+            guard.finish(ENDING_KEYS[key])
+
+    with (
+        PolicyClient(address, client=client_name, timeout_s=deployment.bridge.request_timeout_s, keys=secret) as client,
+        keys(handle, STDIN) as terminal,
+    ):
+        if terminal:
+            warn(HELP)
         summary = run_drive(
-            backend, client, deployment.bridge, stopped=stop.is_set, report=report, warn=warn, episodes=episodes
+            backend,
+            client,
+            deployment.bridge,
+            stopped=stop.is_set,
+            report=report,
+            warn=warn,
+            episodes=episodes,
+            guard=guard,
         )
     if as_json:
         print_json(summary)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.table import Column
 
 from bridge.errors import FieldtuneError
+from bridge.messages import RULES
 from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
+from runtime.episode import Decision
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
@@ -85,13 +87,14 @@ def show_episode(
     index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
     row = find_episode(index, episode)
     whole = read_episode(index.path(row))
-    decisions = [
+    decisions: list[dict[str, Any]] = [
         {
             "step": decision.step,
             "version": decision.version,
             "executed": len(decision.sent),
             "log_prob": None if decision.log_prob is None else float(decision.log_prob[: len(decision.sent)].sum()),
             "reward": float(decision.reward.sum()),
+            "rules": _rules(decision),
             "first_action": [round(float(x), 3) for x in decision.sent[0]] if len(decision.sent) else [],
         }
         for decision in whole.decisions
@@ -101,7 +104,7 @@ def show_episode(
         return 0
     out.print(f"{row.episode}  {row.task} seed {row.seed}: {row.status} after {row.steps} steps {row.reason}")
     out.print(f"instruction: {whole.start.instruction}")
-    table = list_table("step", "version", "executed", "log-prob", "reward", "first action")
+    table = list_table("step", "version", "executed", "log-prob", "reward", "safety", "first action")
     for d in decisions:
         log_prob = "-" if d["log_prob"] is None else f"{d['log_prob']:.2f}"
         table.add_row(
@@ -110,10 +113,19 @@ def show_episode(
             str(d["executed"]),
             log_prob,
             f"{d['reward']:.2f}",
+            " ".join(f"{rule} {count}" for rule, count in d["rules"].items()),
             str(d["first_action"]),
         )
     out.print(table)
     return 0
+
+
+def _rules(decision: Decision) -> dict[str, int]:
+    """Steps that each rule of the safety stage changed."""
+    if decision.rules is None:
+        return {}
+    counts = {rule: int((decision.rules >> bit & 1).sum()) for bit, rule in enumerate(RULES)}
+    return {rule: count for rule, count in counts.items() if count}
 
 
 def log_directory(run: RunDir, log: Log) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.markup import escape
 from rich.table import Table
 
 from bridge.messages import GetStatus, StatusReply
@@ -92,6 +93,12 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
     lost = now.log.get("lost", 0)
     if lost or now.log.get("error"):
         table.add_row("[red]log[/red]", f"[red]{lost} episodes lost: {now.log.get('error')}[/red]")
+    if now.stopped:
+        table.add_row("[red]stopped[/red]", f"[red]{escape(now.stopped)}[/red]")
+    elif odd := [f"{name} {state}" for name, state in now.robots.items() if state not in ("driving", "idle")]:
+        table.add_row("robots", escape(", ".join(odd)))
+    if now.interventions:
+        table.add_row("safety stage", ", ".join(f"{rule} {count}" for rule, count in now.interventions.items()))
     if now.refused:
         table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
     return table

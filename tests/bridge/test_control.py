@@ -10,7 +10,9 @@ from msgspec.structs import replace
 
 from bridge.backend import ActionSpec, BackendError, BackendSpec, Float32, Observation, Outcome, VectorSpec
 from bridge.client import SilentError
+from bridge.config import SafetyConfig
 from bridge.control import Pacer, checked_actions, run_episode
+from bridge.guard import Guard
 from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Message, WireError
 
 H, D = 4, 2
@@ -18,7 +20,7 @@ SPEC = BackendSpec(
     name="fake",
     cameras=(),
     state=VectorSpec(("step",), ("1",)),
-    action=ActionSpec(("a", "b"), ("1", "1"), (-1.0, -1.0), (1.0, 1.0), "delta"),
+    action=ActionSpec(("a", "b"), ("1", "1"), (-100.0, -100.0), (100.0, 100.0), "delta"),
     control_hz=1000.0,
     instructions={"t": "go"},
 )
@@ -96,8 +98,15 @@ class FakeClient:
         ]
 
 
-def run(backend: FakeBackend, client: FakeClient, task: Assignment = TASK, stopped: Callable[[], bool] = lambda: False):
-    return run_episode(backend, client, "s1", task, stopped)
+def run(
+    backend: FakeBackend,
+    client: FakeClient,
+    task: Assignment = TASK,
+    stopped: Callable[[], bool] = lambda: False,
+    play_steps: int | None = None,
+):
+    guard = Guard(backend, SafetyConfig(), warn=lambda message: None)
+    return run_episode(backend, client, "s1", task, guard, stopped, play_steps)
 
 
 def test_a_chunk_is_cut_at_success_and_only_what_was_executed_is_reported() -> None:
@@ -136,7 +145,7 @@ def test_the_horizon_cuts_the_last_chunk_and_is_a_timeout() -> None:
 @pytest.mark.parametrize(("play", "sent"), [(1, [1] * 10), (3, [3, 3, 3, 1]), (4, [4, 4, 2]), (9, [4, 4, 2])])
 def test_only_the_first_actions_of_a_chunk_are_played(play: int, sent: list[int]) -> None:
     backend, client = FakeBackend(), FakeClient()
-    report = run_episode(backend, client, "s1", TASK, lambda: False, play)
+    report = run(backend, client, play_steps=play)
     assert report is not None
     assert (report.status, report.steps, report.decisions) == ("timeout", 10, len(sent))
     assert [len(arrays["sent"]) for _, arrays in client.reports] == sent

@@ -27,6 +27,9 @@ from bridge.messages import (
     Message,
     NextEpisode,
     NoEpisode,
+    Operate,
+    Operated,
+    Orders,
     Refused,
     Reply,
     Request,
@@ -34,6 +37,7 @@ from bridge.messages import (
     Serving,
     StatusReply,
     TensorInfo,
+    Watch,
     Welcome,
     WireError,
     check_observation,
@@ -64,6 +68,8 @@ REQUESTS: list[Request] = [
     GetStatus(request=7),
     Announce(request=8, path="/some/where"),
     Rollback(request=9, version="abcd"),
+    Watch(request=10, bridge="b", client="c", session="", state="holding", why="silent"),
+    Operate(request=11, command="stop", why="a hand"),
 ]
 REPLIES: list[Reply] = [
     Welcome(request=1, session="s", version="v", horizon=8),
@@ -74,6 +80,8 @@ REPLIES: list[Reply] = [
     StatusReply(request=6, status={"decisions": 3, "latency_ms": {"p50": 0.5}}),
     Serving(request=7, version="v", previous="u"),
     Refused(request=8, code="spec", field="spec.control_hz", message="is 3"),
+    Orders(stopped="a hand", reset=True, paused=True, episode="e", end="failure"),
+    Operated(request=9, robots=("c",)),
 ]
 
 arrays_strategy = st.dictionaries(

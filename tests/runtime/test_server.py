@@ -32,10 +32,12 @@ from bridge.messages import (
     Message,
     NextEpisode,
     NoEpisode,
+    Operate,
     Refused,
     Rollback,
     Serving,
     StatusReply,
+    Watch,
     Welcome,
     decode_reply,
     encode,
@@ -878,6 +880,8 @@ HEADERS: list[Message] = [
     GetStatus(request=6),
     Announce(request=7, path="\0"),
     Rollback(request=8, version="\0"),
+    Watch(request=9, bridge="b", client="c", session="s", state="stopped", why="x"),
+    Operate(request=10, command="pause", robot="nobody"),
 ]
 
 

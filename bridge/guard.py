@@ -1,0 +1,274 @@
+"""The guard: the only way from the control loop to the backend, the dead-man, the latched stop, the operator's wishes.
+
+`bridge.watch` has the thread that calls `tick` and brings the runtime's orders. It must be able to stop a robot whose
+loop hangs, so each call of the backend in an episode is made under one lock; a stop waits for that lock for half a
+control period and then stops without it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from bridge.backend import Backend, Float32, Observation, Outcome, UInt8
+from bridge.config import SafetyConfig
+from bridge.errors import FieldtuneError
+from bridge.messages import Ending, Orders, RobotState
+from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
+
+SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
+
+
+class StoppedError(FieldtuneError):
+    """The robot is stopped, and stays so until the operator resets it; the message says why."""
+
+
+class Guard:
+    """Stands between one control loop and one backend. All methods may be called from any thread.
+
+    The loop calls `begin`, (`observe`, `waiting`, `check`, (`cut`, `apply`)*)*, `rest`; `tick` and `obey` are for the
+    guarding thread; `stop`, `pause`, `finish` for whoever hears the operator.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: SafetyConfig,
+        *,
+        warn: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is connected yet. Raises `ConfigError` for limits that are missing or loosened."""
+        self.config = config
+        self.paced = backend.spec.paced
+        self.period_s = 1.0 / backend.spec.control_hz
+        self.stage = SafetyStage(backend, config, clock=clock)
+        self.stopped = ""
+        """Why the robot is stopped; empty if it is not."""
+        self.paused = False
+        self.ending: Ending = ""
+        """How the operator wants the running episode to end."""
+        self.holding = ""
+        """Why the dead-man holds the robot; empty if it does not."""
+        self.clock = clock
+        self._backend, self._warn = backend, warn
+        self._device = threading.Lock()
+        self._latch = threading.Lock()
+        self._safe = True  # whether the backend's stop() has returned since the robot was stopped
+        self._halted = False  # the episode was stopped; only `begin` lifts that, a reset does not bring it back
+        self._armed = False
+        self._episode = ""
+        self._paused_here = self._paused_there = False
+        self._loop_s = self._heard_s = 0.0
+        self._doing = ""
+
+    # --- for the control loop -------------------------------------------------------------------------------------
+
+    def begin(self, episode: str, reset: Callable[[], None]) -> None:
+        """Start an episode: `reset` brings the backend to its start. From then on the dead-man watches.
+
+        Raises `StoppedError` if the robot is stopped, or was during the reset.
+        """
+        with self._latch:
+            self._raise_if_stopped()
+            self._halted = False
+            self._episode, self.ending, self.holding = episode, "", ""
+        reset()
+        self._raise_if_halted()
+        self.stage.restart()
+        self._heard_s = self.clock()
+        self._mark("starting the episode")
+        self._armed = self.paced
+
+    def observe(self) -> Observation:
+        """The backend's observation. Raises `StoppedError`."""
+        self._mark("reading the observation")
+        with self._device:
+            self._raise_if_halted()
+            return self._backend.observe()
+
+    def waiting(self) -> None:
+        """The loop now waits for the runtime's answer."""
+        self._mark("waiting for a chunk")
+
+    def heard(self) -> None:
+        """The runtime has answered, so both sides are alive."""
+        self._heard_s = self.clock()
+        self._mark("reading the answer")
+        self.holding = ""
+
+    def check(self, actions: Float32) -> tuple[Float32, UInt8]:
+        """What may be sent of a chunk `[k, d]`; see `SafetyStage.check`."""
+        with self._device:
+            return self.stage.check(actions)
+
+    def cut(self, observed_s: float) -> int:
+        """0, or the bit of the rule by which nothing more of a chunk for an observation of that time is played."""
+        if self.paused or self.ending or self.holding:
+            return HOLD
+        return CHUNK_AGE if self.stage.too_old(observed_s) else 0
+
+    def apply(self, action: Float32) -> tuple[Float32, int]:
+        """Send an action `[d]`: what was really sent, and the bit of a rule that changed it. Raises `StoppedError`."""
+        self._mark("sending an action")
+        with self._device:
+            self._raise_if_halted()
+            action, rule = self.stage.keep_inside(action)
+            sent = np.asarray(self._backend.apply(action), np.float32)
+            self.stage.sent(action)
+            if self._halted:
+                # The stop could not wait for this action, which may have undone it.
+                self._backend.stop()
+                self._raise_if_halted()
+            return sent, rule
+
+    def outcome(self) -> Outcome:
+        """The backend's status and reward."""
+        with self._device:
+            return self._backend.outcome()
+
+    def hold(self) -> Float32:
+        """Send the hold action in place of a chunk's: what was really sent. Raises `StoppedError`."""
+        self._mark("holding")
+        with self._device:
+            self._raise_if_halted()
+            return self._hold()
+
+    def check_running(self) -> None:
+        """Raises `StoppedError` if the episode was stopped."""
+        self._raise_if_halted()
+
+    def rest(self, *, stop: bool) -> None:
+        """The episode is over: the dead-man does not watch any more, and the backend is stopped if asked."""
+        self._armed, self._episode, self.ending, self.holding = False, "", "", ""
+        if stop:
+            self._stop_backend()
+
+    # --- for the operator -----------------------------------------------------------------------------------------
+
+    def stop(self, why: str) -> None:
+        """Stop the robot at once and keep it stopped until `reset`."""
+        with self._latch:
+            if self.stopped:
+                return
+            # Before anything else: from here on the loop sends nothing.
+            self.stopped, self._halted, self._safe = why, True, False
+            self._stop_latched()
+        self._warn(f"stopped: {why}; `fieldtune operator CONFIG reset` lets it go on")
+
+    def reset(self) -> None:
+        """Lift a stop. What was stopped does not go on: the robot takes its next episode."""
+        with self._latch:
+            if not self.stopped:
+                return
+            self.stopped, self._armed = "", False
+        self._warn("reset by the operator")
+
+    def pause(self, paused: bool) -> None:
+        """Hold the robot, or let it go on, as the operator at this computer wants."""
+        self._paused_here = paused
+        self.paused = self._paused_here or self._paused_there
+
+    def finish(self, ending: Ending) -> None:
+        """End the running episode, if there is one, so."""
+        if self._episode:
+            self.ending = ending
+
+    @property
+    def state(self) -> tuple[RobotState, str]:
+        """What the robot does, and why if that is not to drive."""
+        if self.stopped:
+            return "stopped", self.stopped
+        if self.holding:
+            return "holding", self.holding
+        if self.paused:
+            return "paused", ""
+        return ("driving" if self._episode else "idle"), ""
+
+    # --- for the guarding thread ----------------------------------------------------------------------------------
+
+    def obey(self, orders: Orders) -> None:
+        """Do what the runtime says; to hear it is a sign of life too."""
+        self._heard_s = self.clock()
+        if orders.reset:
+            self.reset()
+        if orders.stopped:
+            self.stop(orders.stopped)
+        self._paused_there = orders.paused
+        self.paused = self._paused_here or self._paused_there
+        if orders.end and orders.episode == self._episode:
+            self.finish(orders.end)
+
+    def tick(self) -> None:
+        """The dead-man; call it every control period. Holds a robot whose loop or runtime is silent, then stops it."""
+        if self.stopped:
+            if not self._safe:
+                with self._latch:
+                    self._stop_latched()
+            return
+        if not self._armed:
+            self.holding = ""
+            return
+        now_s = self.clock()
+        loop_s, runtime_s = now_s - self._loop_s, now_s - self._heard_s
+        silent_s = max(loop_s, runtime_s)
+        if silent_s <= self.config.hold_after_s:
+            self.holding = ""
+            return
+        what = "the runtime has been silent" if runtime_s > loop_s else f"the control loop has been {self._doing}"
+        if silent_s > self.config.stop_after_s:
+            self.stop(f"{what} for {silent_s:.2f} s")
+            return
+        if not self.holding:
+            self.holding = f"{what} for {silent_s:.2f} s"
+            self._warn(f"holding: {self.holding}")
+        if loop_s > SPEAKS_AGAIN_STEPS * self.period_s and self._device.acquire(blocking=False):
+            # With the lock in other hands the backend itself hangs, and only a stop is left.
+            try:
+                if not self._halted:
+                    self._hold()
+            except Exception as error:  # noqa: BLE001 - a backend's own; the stop comes in its time
+                self._warn(f"cannot hold: {error}")
+            finally:
+                self._device.release()
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _mark(self, doing: str) -> None:
+        """A sign of life of the loop."""
+        if self.paced:
+            self._loop_s = self.clock()
+            self._doing = doing
+
+    def _hold(self) -> Float32:
+        sent = np.asarray(self._backend.apply(self.stage.hold_action()), np.float32)
+        self.stage.restart()
+        return sent
+
+    def _stop_backend(self) -> None:
+        """Wait for the backend's present call, but not long: it may hang."""
+        held = self._device.acquire(timeout=self.period_s / 2)
+        try:
+            self._backend.stop()
+        finally:
+            if held:
+                self._device.release()
+
+    def _stop_latched(self) -> None:
+        """With the latch held. A backend that cannot stop now is asked again at the next tick."""
+        try:
+            self._stop_backend()
+            self._safe = True
+        except Exception as error:  # noqa: BLE001 - a backend's own; whatever it is, the next tick tries again
+            self._warn(f"cannot stop, trying again: {error}")
+
+    def _raise_if_stopped(self) -> None:
+        if self.stopped:
+            raise StoppedError(self.stopped)
+
+    def _raise_if_halted(self) -> None:
+        if self._halted:
+            raise StoppedError(self.stopped or "stopped, and reset since")

@@ -1,0 +1,96 @@
+"""`fieldtune stop` and `fieldtune operator`: the operator's word to the robots of a running runtime."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Literal
+
+import tyro
+
+from bridge.client import PolicyClient
+from bridge.messages import GetStatus, Operate, Operated, StatusReply
+from fieldtune.commands.common import Config, Json, Set, connect, out, print_json
+from fieldtune.deployment import load_deployment
+
+TIMEOUT_S = 3.0
+CONFIRM_S = 2.0  # a robot that has not said by then that it is stopped has to be stopped by hand
+LOOK_S = 0.02
+
+
+def stop(config: Config, /, *, overrides: Set = (), why: str = "by the operator", as_json: Json = False) -> int:
+    """Stop all robots of a running runtime at once. They stay stopped until `fieldtune operator CONFIG reset`.
+
+    The exit code is 1 if a robot has not said within two seconds that it is stopped: go and see. The quickest stop is
+    the space bar in the terminal of `fieldtune drive`, and an emergency stop on the robot itself is quicker still.
+
+    Examples:
+      fieldtune stop my_arm.yaml
+      fieldtune stop my_arm.yaml --why "a hand is in the way"
+
+    Args:
+        why: goes into the log
+    """
+    deployment = load_deployment(config, overrides)
+    with connect(deployment, "stop", TIMEOUT_S) as client:
+        client.request(Operate(command="stop", why=why), Operated)
+        robots = _stopped(client)
+    late = [name for name, state in robots.items() if not state.startswith("stopped")]
+    if as_json:
+        print_json({"robots": robots, "late": late})
+    else:
+        for name, state in robots.items():
+            out.print(f"{name}: {state}")
+        if not robots:
+            out.print("no robot is connected; none will be given an episode")
+    if late:
+        sys.stderr.write(f"fieldtune: not stopped: {', '.join(late)}\n")
+    return 1 if late else 0
+
+
+def operator(
+    config: Config,
+    command: Annotated[
+        tyro.conf.Positional[Literal["pause", "resume", "end", "success", "failure", "reset"]],
+        tyro.conf.arg(metavar="pause|resume|end|success|failure|reset"),
+    ],
+    /,
+    *,
+    overrides: Set = (),
+    robot: str = "",
+    as_json: Json = False,
+) -> int:
+    """Tell the robots of a running runtime to hold and go on, or how their episode ends.
+
+    pause and resume hold the robots and let them go on; end cuts the episode off without a verdict; success and
+    failure end it with one; reset lifts a stop. The same is to be had by keys in the terminal of `fieldtune drive`.
+
+    Examples:
+      fieldtune operator my_arm.yaml pause
+      fieldtune operator my_arm.yaml success --robot arm1
+
+    Args:
+        command: what to tell them
+        robot: only the robot of this name (fieldtune status has them); not for reset
+    """
+    deployment = load_deployment(config, overrides)
+    with connect(deployment, "operator", TIMEOUT_S) as client:
+        reply, _ = client.request(Operate(command=command, robot=robot), Operated)
+    if as_json:
+        print_json({"robots": reply.robots})
+    elif reply.robots:
+        out.print(f"{command}: told {', '.join(reply.robots)}")
+    else:
+        sys.stderr.write(f"fieldtune: no robot {robot or 'is connected'}\n")
+    return 0 if reply.robots else 1
+
+
+def _stopped(client: PolicyClient) -> dict[str, str]:
+    """What each robot says of itself, once all say that they are stopped, or after `CONFIRM_S`."""
+    deadline_s = time.monotonic() + CONFIRM_S
+    while True:
+        reply, _ = client.request(GetStatus(), StatusReply)
+        robots: dict[str, str] = reply.status["robots"]
+        if all(state.startswith("stopped") for state in robots.values()) or time.monotonic() > deadline_s:
+            return robots
+        time.sleep(LOOK_S)

@@ -1,0 +1,118 @@
+"""The operator's side of the runtime: who watches for orders, what was ordered, and what each robot says it does.
+
+An order goes out to all bridges at once, before anything else is done; none waits for the robot's next question. It is
+repeated in the answer to each of their signs of life.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bridge.messages import Operate, Operated, Orders, RobotState, Watch
+from runtime.router import Router
+from runtime.sessions import OpenEpisode, Session, Sessions
+
+
+@dataclass(slots=True)
+class Robot:
+    """One bridge that watches."""
+
+    identity: bytes
+    client: str
+    session: str
+    state: RobotState
+    why: str
+    seen_s: float
+    paused: bool
+
+
+class Operator:
+    """Takes orders and passes them on. Called with the server's lock held."""
+
+    def __init__(self, sessions: Sessions, router: Router, abort: Callable[[Session, str], None]) -> None:
+        """`abort` closes a session's open episode."""
+        self.stopped = ""
+        """Why all robots are stopped; empty if they are not. No episode is assigned meanwhile."""
+        self._sessions, self._router, self._abort = sessions, router, abort
+        self._robots: dict[str, Robot] = {}
+        self._paused = False
+
+    def watch(self, identity: bytes, message: Watch) -> None:
+        """Note what a bridge says of itself, and answer with its orders."""
+        known = self._robots.get(message.bridge)
+        robot = self._robots[message.bridge] = Robot(
+            identity=identity,
+            client=message.client,
+            session=message.session,
+            state=message.state,
+            why=message.why,
+            seen_s=time.monotonic(),
+            paused=known.paused if known else self._paused,
+        )
+        self._send(robot, request=message.request)
+        session = self._sessions.by_id.get(message.session)
+        if session is None:
+            return
+        if message.state in ("paused", "stopped"):
+            # Its loop waits for the operator, so it is not silent.
+            session.last_seen_s = robot.seen_s
+        if message.state == "stopped":
+            self._abort(session, f"stopped: {message.why}")
+
+    def operate(self, identity: bytes, message: Operate) -> None:
+        """Pass an order on, then note it and answer."""
+        reset = message.command == "reset"
+        if message.command == "stop":
+            self.stopped = message.why or "by the operator"
+        elif reset:
+            self.stopped = ""
+        everybody = message.command in ("stop", "reset") or not message.robot
+        told = [robot for robot in self._robots.values() if everybody or robot.client == message.robot]
+        for robot in told:
+            self._change(robot, message)
+            self._send(robot, reset=reset)
+        if everybody and message.command in ("pause", "resume"):
+            self._paused = message.command == "pause"
+        if message.command == "stop":
+            for session in self._sessions.by_id.values():
+                self._abort(session, f"stopped: {self.stopped}")
+        names = tuple(sorted(robot.client for robot in told))
+        self._router.send(identity, Operated(request=message.request, robots=names))
+
+    def forget_before(self, limit_s: float) -> None:
+        """Forget bridges that were last seen before that time."""
+        for bridge in [bridge for bridge, robot in self._robots.items() if robot.seen_s < limit_s]:
+            del self._robots[bridge]
+
+    def robots(self) -> dict[str, str]:
+        """Client -> what it does, and why."""
+        return {
+            robot.client: f"{robot.state}: {robot.why}" if robot.why else robot.state for robot in self._robots.values()
+        }
+
+    def _change(self, robot: Robot, message: Operate) -> None:
+        match message.command:
+            case "pause" | "resume":
+                robot.paused = message.command == "pause"
+            case "end" | "success" | "failure":
+                opened = self._opened(robot)
+                if opened is not None:
+                    opened.ending = message.command
+
+    def _send(self, robot: Robot, *, request: int = 0, reset: bool = False) -> None:
+        opened = self._opened(robot)
+        orders = Orders(
+            request=request,
+            stopped=self.stopped,
+            reset=reset,
+            paused=robot.paused,
+            episode=opened.episode if opened else "",
+            end=opened.ending if opened else "",
+        )
+        self._router.send(robot.identity, orders)
+
+    def _opened(self, robot: Robot) -> OpenEpisode | None:
+        session = self._sessions.by_id.get(robot.session)
+        return session.open if session is not None else None

@@ -1,0 +1,383 @@
+"""The guard: the dead-man with a clock of the test's own, the latched stop, and the operator's wishes."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from guarded import ROBOT, Clock, Robot, f32
+from msgspec.structs import replace
+
+from bridge.backend import Float32
+from bridge.config import SafetyConfig
+from bridge.control import run_episode
+from bridge.guard import Guard, StoppedError
+from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders
+from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, RATE
+
+ENOUGH_S = 30.0
+TICK_S = 1 / ROBOT.control_hz
+SIMULATOR = replace(ROBOT, paced=False)
+STILL = f32(0, 0)
+
+
+class Guarded:
+    """A guard, the robot behind it, and a clock."""
+
+    def __init__(self, robot: Robot | None = None, **config: Any) -> None:
+        self.clock, self.robot = Clock(), robot or Robot()
+        self.warnings: list[str] = []
+        settings = SafetyConfig(**{"hold_after_s": 0.5, "stop_after_s": 2.0, **config})
+        self.guard = Guard(self.robot, settings, warn=self.warnings.append, clock=self.clock)
+
+    def begin(self, episode: str = "e1") -> None:
+        self.guard.begin(episode, lambda: self.robot.reset("t", 0))
+        self.robot.calls.clear()
+
+    def pass_time(self, seconds: float, *, runtime: bool = False, loop: bool = False) -> None:
+        """Tick at the control rate; the runtime or the loop may be alive meanwhile."""
+        for _ in range(round(seconds / TICK_S)):
+            self.clock.work(TICK_S)
+            if runtime:
+                self.guard.obey(Orders())
+            if loop:
+                self.guard.apply(STILL)
+            self.guard.tick()
+
+
+# --- the dead-man -----------------------------------------------------------------------------------------------------
+
+
+def test_a_silent_runtime_holds_the_robot_and_then_stops_it() -> None:
+    g = Guarded()
+    g.begin()
+    g.pass_time(0.5, loop=True)
+    assert not g.guard.holding and not g.guard.stopped
+    g.pass_time(TICK_S, loop=True)
+    assert g.guard.holding == "the runtime has been silent for 0.55 s" and g.guard.state[0] == "holding"
+    assert g.guard.cut(g.clock()) == HOLD
+    g.pass_time(1.45, loop=True)
+    assert not g.guard.stopped and "stop" not in g.robot.calls
+    with pytest.raises(StoppedError, match="the runtime has been silent for 2"):
+        g.pass_time(2 * TICK_S, loop=True)
+    assert g.robot.calls[-1] == "stop"
+    assert g.guard.state == ("stopped", g.guard.stopped)
+    assert [warning.partition(":")[0] for warning in g.warnings] == ["holding", "stopped"]
+
+
+def test_a_loop_that_hangs_is_held_for_and_then_stopped_with_the_place_where_it_hangs() -> None:
+    g = Guarded(Robot(at=f32(0.3, 0)))
+    g.begin()
+    g.guard.waiting()
+    g.pass_time(0.5, runtime=True)
+    assert g.robot.calls == []
+    g.pass_time(1.5, runtime=True)
+    assert g.robot.calls == ["apply"] * 30
+    assert all((action == f32(0.3, 0)).all() for action in g.robot.applied)
+    g.pass_time(TICK_S, runtime=True)
+    assert g.robot.calls[-1] == "stop"
+    assert g.guard.stopped == "the control loop has been waiting for a chunk for 2.05 s"
+    calls = len(g.robot.calls)
+    g.pass_time(5.0, runtime=True)
+    assert len(g.robot.calls) == calls
+
+
+def test_whoever_speaks_again_in_time_goes_on() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.waiting()
+    g.pass_time(1.0, runtime=True)
+    assert g.guard.holding
+    g.guard.heard()
+    assert not g.guard.holding and g.guard.cut(g.clock()) == 0
+    g.pass_time(5.0, runtime=True, loop=True)
+    assert g.warnings == ["holding: the control loop has been waiting for a chunk for 0.55 s"]
+
+
+def test_after_a_hold_the_next_action_is_a_first_one() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.check(f32([0, 0]))
+    g.guard.waiting()
+    g.pass_time(0.6, runtime=True)
+    g.guard.heard()
+    assert g.guard.check(f32([0.9, 0]))[1].tolist() == [FIRST_JUMP]
+
+
+@pytest.mark.parametrize("spec", [ROBOT, SIMULATOR])
+def test_nobody_is_watched_between_episodes_and_a_simulator_never(spec: Any) -> None:
+    g = Guarded(Robot(spec))
+    g.pass_time(10.0)
+    g.begin()
+    if spec.paced:
+        g.guard.rest(stop=False)
+    g.pass_time(10.0)
+    assert not g.guard.stopped and not g.warnings and g.robot.calls == []
+
+
+def test_the_time_that_a_reset_takes_does_not_count() -> None:
+    g = Guarded()
+    g.guard.begin("e1", lambda: g.pass_time(10.0))
+    g.guard.tick()
+    assert not g.guard.holding and not g.guard.stopped
+
+
+def test_a_backend_that_hangs_is_stopped_all_the_same() -> None:
+    hangs, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        assert go.wait(ENOUGH_S)
+
+    g = Guarded(Robot(on={"observe": hang}))
+    g.begin()
+    errors: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            g.guard.observe()
+            g.guard.apply(STILL)
+        except StoppedError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    assert hangs.wait(ENOUGH_S)
+    g.pass_time(2.1, runtime=True)
+    # Its lock is in other hands, so nobody could hold; the stop did not wait for it.
+    assert g.robot.calls == ["observe", "stop"]
+    assert g.guard.stopped == "the control loop has been reading the observation for 2.05 s"
+    go.set()
+    thread.join(ENOUGH_S)
+    assert len(errors) == 1 and g.robot.calls == ["observe", "stop"]
+
+
+def test_a_hold_that_fails_is_told_and_ends_in_the_stop() -> None:
+    def fail() -> None:
+        raise OSError("the bus is gone")
+
+    g = Guarded(Robot(on={"apply": fail}))
+    g.begin()
+    g.guard.waiting()
+    g.pass_time(2.1, runtime=True)
+    assert "cannot hold: the bus is gone" in g.warnings and g.robot.calls[-1] == "stop"
+
+
+# --- the latched stop -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_sent_after_a_stop_until_a_reset_and_a_new_episode() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.apply(STILL)
+    g.guard.stop("a hand")
+    g.guard.stop("again")
+    for act in (lambda: g.guard.apply(STILL), g.guard.hold, g.guard.observe, g.guard.check_running, g.begin):
+        with pytest.raises(StoppedError, match="a hand"):
+            act()
+    assert g.robot.calls == ["apply", "stop"] and g.guard.state == ("stopped", "a hand")
+    g.guard.reset()
+    with pytest.raises(StoppedError, match="reset since"):
+        g.guard.apply(STILL)
+    g.begin("e2")
+    g.guard.apply(STILL)
+    assert g.robot.calls == ["apply"] and g.guard.state == ("driving", "")
+
+
+def test_a_stop_during_the_reset_ends_the_episode_before_it_begins() -> None:
+    g = Guarded()
+    with pytest.raises(StoppedError, match="a hand"):
+        g.guard.begin("e1", lambda: g.guard.stop("a hand"))
+    assert g.robot.calls == ["stop"]
+
+
+def test_a_backend_that_cannot_stop_is_asked_until_it_does() -> None:
+    fails = [OSError("no answer")] * 2
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    g = Guarded(Robot(on={"stop": stop}))
+    g.begin()
+    g.guard.stop("a hand")
+    g.pass_time(0.5)
+    assert g.robot.calls == ["stop"] * 3
+    assert g.warnings.count("cannot stop, trying again: no answer") == 2
+
+
+def test_an_action_that_was_under_way_at_the_stop_is_followed_by_another_stop() -> None:
+    applying, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        applying.set()
+        assert go.wait(ENOUGH_S)
+
+    g = Guarded(Robot(on={"apply": hang}))
+    g.begin()
+    raised = threading.Event()
+
+    def loop() -> None:
+        with pytest.raises(StoppedError):
+            g.guard.apply(STILL)
+        raised.set()
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    assert applying.wait(ENOUGH_S)
+    g.guard.stop("a hand")
+    go.set()
+    assert raised.wait(ENOUGH_S)
+    thread.join(ENOUGH_S)
+    assert g.robot.calls == ["apply", "stop", "stop"]
+
+
+def test_the_runtimes_orders_stop_pause_reset_and_end() -> None:
+    g = Guarded()
+    g.begin("e1")
+    g.guard.obey(Orders(paused=True))
+    assert g.guard.paused and g.guard.state[0] == "paused"
+    g.guard.pause(True)
+    g.guard.obey(Orders())
+    assert g.guard.paused, "the operator at the robot has not resumed"
+    g.guard.pause(False)
+    assert not g.guard.paused
+    g.guard.obey(Orders(episode="e0", end="success"))
+    assert not g.guard.ending, "that was for another episode"
+    g.guard.obey(Orders(episode="e1", end="success"))
+    assert g.guard.ending == "success"
+    g.guard.obey(Orders(stopped="a hand"))
+    assert g.guard.stopped == "a hand"
+    g.guard.obey(Orders())
+    assert g.guard.stopped == "a hand", "only a reset lifts a stop"
+    g.guard.obey(Orders(reset=True))
+    assert not g.guard.stopped
+
+
+# --- in the control loop ----------------------------------------------------------------------------------------------
+
+
+class Client:
+    """Gives chunks of four small steps; `at` maps the number of a request to what happens before its answer."""
+
+    def __init__(self, at: dict[int, Callable[[], None]], step: float = 0.01) -> None:
+        self.at, self.step = at, step
+        self.reports: list[dict[str, Any]] = []
+        self.end: EndEpisode | None = None
+        self._infers = 0
+
+    def request(self, message: Infer, kind: type, arrays: Any) -> Any:
+        self._infers += 1
+        self._note(message, arrays)
+        self.at.get(self._infers, lambda: None)()
+        start = self._infers * 4 * self.step
+        actions = f32(*[[start + i * self.step, 0] for i in range(4)])
+        return Chunk(episode=message.episode, decision=self._infers, version="v"), {"actions": actions}
+
+    def post(self, message: EndEpisode, arrays: Any) -> int:
+        self.end = message
+        self._note(message, arrays)
+        return 1
+
+    def _note(self, message: Any, arrays: Any) -> None:
+        if message.executed:
+            self.reports.append({name: arrays[name].tolist() for name in ("sent", "reward", "rules") if name in arrays})
+
+
+def drive(g: Guarded, client: Client, horizon_steps: int = 12) -> Any:
+    task = Assignment(episode="e1", task="t", seed=0, horizon_steps=horizon_steps)
+    return run_episode(g.robot, client, "s", task, g.guard, lambda: False)  # type: ignore[arg-type]
+
+
+FAST = replace(ROBOT, control_hz=1000.0, max_rate=(1000.0, 1000.0))
+
+
+def test_an_old_chunk_is_not_played_and_the_next_is_asked_for() -> None:
+    g = Guarded(Robot(FAST), chunk_age_s=1.0)
+    client = Client({2: lambda: g.clock.work(1.5)})
+    report = drive(g, client, 9)
+    assert report.steps == 9
+    first, second, third = client.reports
+    # One hold in place of the chunk, where the robot was.
+    assert second == {"sent": [first["sent"][-1]], "reward": [0.0], "rules": [CHUNK_AGE]}
+    assert len(first["sent"]) == len(third["sent"]) == 4 and "rules" not in third
+
+
+def test_a_chunk_that_grows_old_while_it_is_played_is_cut() -> None:
+    robot = Robot(FAST)
+    g = Guarded(robot, chunk_age_s=1.0)
+    robot.on["apply"] = lambda: g.clock.work(0.4)
+    client = Client({})
+    drive(g, client, 6)
+    # Begun at 0, 0.4 and 0.8 s; at 1.2 s it is too old.
+    assert [len(report["sent"]) for report in client.reports] == [3, 3]
+    assert all("rules" not in report for report in client.reports)
+
+
+@pytest.mark.parametrize(("ending", "status"), [("end", "timeout"), ("success", "success"), ("failure", "failure")])
+def test_the_operator_ends_the_episode(ending: Any, status: str) -> None:
+    robot = Robot(FAST)
+    g = Guarded(robot)
+    robot.on["apply"] = lambda: g.guard.finish(ending) if len(robot.applied) == 5 else None
+    client = Client({})
+    report = drive(g, client)
+    assert report.status == status and report.steps == 6
+    assert client.end is not None and "operator" in client.end.reason and client.end.status == status
+    assert [len(report["sent"]) for report in client.reports] == [4, 2]
+
+
+def test_a_paused_robot_holds_and_then_goes_on_with_a_new_chunk() -> None:
+    robot = Robot(FAST)
+    g = Guarded(robot)
+
+    def applied() -> None:
+        if len(robot.applied) == 1:
+            g.guard.pause(True)
+        if len(robot.applied) == 8:
+            g.guard.pause(False)
+
+    robot.on["apply"] = applied
+    client = Client({})
+    report = drive(g, client, 10)
+    # Two of the first chunk, seven holds that are no steps of the episode, and two whole chunks.
+    assert report.steps == 10 and [len(r["sent"]) for r in client.reports] == [2, 4, 4]
+    assert len(robot.applied) == 10 + 7
+    held = [action.tolist() for action in robot.applied[2:9]]
+    assert held == [robot.applied[1].tolist()] * 7
+
+
+def test_what_was_changed_is_reported_with_its_rule_beside_what_was_sent() -> None:
+    robot = Robot(replace(ROBOT, control_hz=1000.0))  # 2 mm of 2 rad a step: 0.002
+    client = Client({})
+    drive(Guarded(robot), client, 4)
+    (report,) = client.reports
+    assert report["rules"] == [RATE] * 4
+    np.testing.assert_allclose(report["sent"], [[0.002 * (i + 1), 0] for i in range(4)], atol=1e-6)
+
+
+def test_a_stop_in_mid_chunk_lets_no_further_action_through() -> None:
+    robot = Robot(FAST)
+    g = Guarded(robot)
+
+    def applied() -> None:
+        if len(robot.applied) == 5:
+            # From another thread, as it comes from the runtime or from a key; the lock is this action's.
+            thread = threading.Thread(target=g.guard.stop, args=("a hand",))
+            thread.start()
+            thread.join(ENOUGH_S)
+
+    robot.on["apply"] = applied
+    client = Client({})
+    with pytest.raises(StoppedError, match="a hand"):
+        drive(g, client)
+    assert client.end is None
+    assert robot.calls.count("apply") == 6 and set(robot.calls[robot.calls.index("stop") :]) == {"stop"}
+
+
+def test_a_target_may_be_a_read_only_array() -> None:
+    action: Float32 = STILL.copy()
+    action.flags.writeable = False
+    g = Guarded()
+    g.begin()
+    assert g.guard.apply(action)[0].tolist() == [0, 0]

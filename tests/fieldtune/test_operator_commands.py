@@ -1,0 +1,194 @@
+"""`fieldtune stop`, `fieldtune operator`, and the keys in the terminal of `fieldtune drive`, against a real server."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from bridge.backend import Backend
+from bridge.config import BridgeConfig
+from bridge.guard import Guard
+from bridge.watch import Watcher
+from fieldtune.cli import run
+from fieldtune.keyboard import keys
+from runtime.episodes import EpisodeLog
+
+ENOUGH_S = 60.0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + ENOUGH_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"waited {ENOUGH_S} s for {what}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Callable[[str], str]:
+    """Write a deployment whose runtime is at an address."""
+
+    def write(endpoint: str) -> str:
+        path = tmp_path / "point.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "name": "point",
+                    "runs": str(tmp_path),
+                    "backend": {"name": "point", "options": {"size_px": 8}},
+                    "runtime": {"serve": {"endpoint": endpoint}},
+                }
+            )
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def watched(point: Backend) -> Iterator[Callable[[str, str], Guard]]:
+    """Guard a robot that has nothing to do: `watched(endpoint, name)`."""
+    watchers: list[Watcher] = []
+
+    def watch(endpoint: str, name: str) -> Guard:
+        guard = Guard(point, BridgeConfig().safety, warn=lambda message: None)
+        watchers.append(Watcher(guard, endpoint, client=name, keys=None))
+        watchers[-1].start()
+        return guard
+
+    yield watch
+    for watcher in watchers:
+        watcher.close()
+
+
+def test_stop_says_who_is_stopped_and_operator_resets(
+    serve: Any, deployment: Any, watched: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve()
+    config = deployment(serving.endpoint)
+    guards = [watched(serving.endpoint, name) for name in ("arm1", "arm2")]
+    until(lambda: len(serving.status()["robots"]) == 2, "the robots to be known")
+    assert run(["stop", config, "--why", "a [hand]", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"robots": {"arm1": "stopped: a [hand]", "arm2": "stopped: a [hand]"}, "late": []}
+    assert [guard.stopped for guard in guards] == ["a [hand]"] * 2
+    assert run(["status", config]) == 0
+    assert "a [hand]" in capsys.readouterr().out
+    assert run(["operator", config, "reset"]) == 0
+    assert "told arm1, arm2" in capsys.readouterr().out
+    until(lambda: not any(guard.stopped for guard in guards), "the reset")
+    assert run(["operator", config, "pause", "--robot", "arm2"]) == 0
+    until(lambda: guards[1].paused, "the pause")
+    assert not guards[0].paused
+
+
+def test_a_robot_that_does_not_say_that_it_is_stopped_is_named(
+    serve: Any, deployment: Any, watched: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = serve()
+    guard = watched(serving.endpoint, "arm")
+    until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+    monkeypatch.setattr(guard, "obey", lambda orders: None)
+    monkeypatch.setattr("fieldtune.commands.operator.CONFIRM_S", 0.1)
+    assert run(["stop", deployment(serving.endpoint)]) == 1
+    assert "not stopped: arm" in capsys.readouterr().err
+
+
+def test_without_a_runtime_or_a_robot_it_is_an_error(
+    serve: Any, deployment: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["operator", deployment(serve().endpoint), "pause"]) == 1
+    assert "no robot is connected" in capsys.readouterr().err
+    monkeypatch.setattr("fieldtune.commands.operator.TIMEOUT_S", 0.1)
+    assert run(["stop", deployment("tcp://127.0.0.1:9")]) == 1
+    assert "nobody listens" in capsys.readouterr().err
+
+
+def test_what_the_safety_stage_changed_is_shown_decision_by_decision(
+    serve: Any, deployment: Any, point: Backend, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve(log=EpisodeLog(tmp_path / "point" / "episodes"))
+    robot = serving.robot(point.spec)
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    robot.executed(3)
+    robot.report["rules"] = np.array([1, 3, 0], np.uint8)
+    robot.infer(robot.observation(point.spec))
+    robot.executed(1)
+    stored = robot.end(robot.observation(point.spec))
+    config = deployment(serving.endpoint)
+    assert run(["episodes", "show", config, stored.episode, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["decisions"]
+    assert first["rules"] == {"range": 2, "rate": 1} and second["rules"] == {}
+    assert run(["episodes", "show", config, stored.episode]) == 0
+    assert "range 2 rate 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_keys_are_read_one_by_one_and_the_terminal_is_left_as_it_was() -> None:
+    import termios
+
+    master, terminal = pty.openpty()
+    pressed: list[str] = []
+    before = termios.tcgetattr(terminal)
+    try:
+        with keys(pressed.append, terminal) as there:
+            assert there
+            os.write(master, b"p \x1b")
+            until(lambda: pressed == ["p", " ", "\x1b"], "the keys")
+        assert termios.tcgetattr(terminal) == before
+    finally:
+        os.close(master)
+        os.close(terminal)
+
+
+def test_where_there_is_no_terminal_no_key_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb+") as file, keys(lambda key: pytest.fail(key), file.fileno()) as there:
+        assert not there
+
+
+def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fake_policy: Any, tmp_path: Path) -> None:
+    serving = serve(policy=fake_policy(value=0.0, log_std=-9.0), horizon_steps=1_000_000)
+    master, terminal = pty.openpty()
+    log = tmp_path / "drive.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fieldtune", "drive", deployment(serving.endpoint), "--name", "arm"],
+            stdin=terminal,
+            stdout=output,
+            stderr=output,
+        )
+
+    def robot() -> str:
+        return str(serving.status()["robots"].get("arm", ""))
+
+    try:
+        until(lambda: robot() == "driving" and "keys: space" in log.read_text(), "the robot to drive")
+        os.write(master, b"p")
+        until(lambda: robot() == "paused", "the pause")
+        os.write(master, b"p")
+        until(lambda: robot() == "driving", "the robot to go on")
+        os.write(master, b"s")
+        until(lambda: serving.status()["episodes"] == {"success": 1}, "the episode to end as a success")
+        os.write(master, b" ")
+        until(lambda: robot() == "stopped: by a key at arm", "the stop")
+        until(lambda: serving.status()["stopped"] == "by a key at arm", "the runtime to know")
+        os.write(master, b"r")
+        until(lambda: robot() == "driving", "the reset")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENOUGH_S) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(terminal)
+    (row,) = serving.log.index.list(limit=10, status="success")
+    assert row.reason == "marked by the operator"
