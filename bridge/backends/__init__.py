@@ -28,6 +28,7 @@ class _Shipped:
 _SHIPPED = {
     "metaworld": _Shipped("bridge.backends.metaworld", "MetaWorld", ("metaworld", "mujoco"), "metaworld"),
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
+    "so101": _Shipped("bridge.backends.so101.arm", "SO101"),
     "point": _Shipped("bridge.backends.point", "Point"),
 }
 
