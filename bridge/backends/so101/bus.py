@@ -1,4 +1,4 @@
-"""Transactions on the bus: ask, wait for the answers, ask again a bounded number of times, and count what went wrong."""
+"""Transactions on the bus: ask, wait for the answers, ask again a few times, and count what went wrong."""
 
 from __future__ import annotations
 

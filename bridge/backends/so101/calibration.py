@@ -71,10 +71,10 @@ class Calibration:
     def ticks(self, positions: Float32) -> NDArray[np.int64]:
         """The nearest ticks `[joints]` inside the range of each joint."""
         ticks = self._zero_ticks + np.asarray(positions, np.float64) / self._units_per_tick
-        return np.clip(np.rint(ticks).astype(np.int64), self.low_ticks, self.high_ticks)
+        return np.asarray(np.clip(np.rint(ticks), self.low_ticks, self.high_ticks), np.int64)
 
     def _units(self, ticks: NDArray[np.int64]) -> NDArray[np.float64]:
-        return (np.asarray(ticks, np.float64) - self._zero_ticks) * self._units_per_tick
+        return np.asarray((ticks - self._zero_ticks) * self._units_per_tick, np.float64)
 
 
 def _line(joint: JointCalibration) -> tuple[float, float]:

@@ -40,7 +40,7 @@ class SerialPort:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise PortError(f"{path}: cannot be opened: {error.strerror}; {_ADVICE.get(error.errno, _PLUG)}") from error
+            raise PortError(f"{path}: cannot be opened: {error.strerror}; {_ADVICE.get(error.errno or 0, _PLUG)}") from error
         try:
             self._claim(speed)
         except BaseException:
@@ -81,7 +81,7 @@ class SerialPort:
                 if left_s <= 0 or not select.select((), (self._fd,), (), left_s)[1]:
                     raise self._gone("it takes no more bytes") from None
             except OSError as error:
-                raise self._gone(error.strerror) from error
+                raise self._gone(str(error.strerror)) from error
 
     def read(self, timeout_s: float) -> bytes:
         """What has arrived, after waiting for at most `timeout_s` for the first byte; empty if there is none."""
@@ -92,7 +92,7 @@ class SerialPort:
         except BlockingIOError:
             return b""
         except OSError as error:
-            raise self._gone(error.strerror) from error
+            raise self._gone(str(error.strerror)) from error
         if not data:
             raise self._gone("end of file")
         return data

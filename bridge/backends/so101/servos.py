@@ -13,7 +13,7 @@ from bridge.backends.so101.bus import Answer, Bus, BusCounts, BusError
 from bridge.backends.so101.calibration import Calibration
 
 
-class ServoFault(BackendError):
+class ServoFaultError(BackendError):
     """A servo reports a fault."""
 
 
@@ -59,11 +59,11 @@ class Servos:
                 )
 
     def positions(self) -> Float32:
-        """Where the joints are `[joints]`, in their units. Raises `ServoFault` and `BusError`."""
+        """Where the joints are `[joints]`, in their units. Raises `ServoFaultError` and `BusError`."""
         readings = self._read()
         for servo, reading in readings.items():
             if reading.errors:
-                raise ServoFault(self._fault(servo, reading))
+                raise ServoFaultError(self._fault(servo, reading))
         return self._positions(readings)
 
     def goals(self, positions: Float32) -> None:
