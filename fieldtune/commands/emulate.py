@@ -39,7 +39,9 @@ def so101(*, calibration: Path | None = None, fault: Faults = ()) -> int:
         calibration: the arm's calibration file, for ids and limits; those of an SO-101 centred at 2048 without it
         fault: what is wrong from the start
     """
-    arm = emulated_arm(Calibration.load(calibration) if calibration else Calibration(so101_joints(), "the emulated arm"))
+    arm = emulated_arm(
+        Calibration.load(calibration) if calibration else Calibration(so101_joints(), "the emulated arm")
+    )
     for text in fault:
         arm.set_fault(text)
     port = EmulatedPort(arm)

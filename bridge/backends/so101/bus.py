@@ -47,7 +47,11 @@ class BusCounts:
 
 
 class Bus:
-    """The servos on one port, by id. Several threads may use it: a transaction is never mixed with another."""
+    """The servos on one port, by id. Several threads may use it: a transaction is never mixed with another.
+
+    Requests have no numbers. An answer that comes after its deadline can therefore be taken for that of the repeated
+    request: it is then older than it seems, by `(1 + retries) * timeout_s` at most.
+    """
 
     def __init__(self, port: SerialPort, names: Mapping[int, str], *, timeout_s: float, retries: int) -> None:
         """`names` are the joints' names for messages; `timeout_s` is for each of `1 + retries` attempts."""

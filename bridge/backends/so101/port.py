@@ -40,7 +40,9 @@ class SerialPort:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise PortError(f"{path}: cannot be opened: {error.strerror}; {_ADVICE.get(error.errno or 0, _PLUG)}") from error
+            raise PortError(
+                f"{path}: cannot be opened: {error.strerror}; {_ADVICE.get(error.errno or 0, _PLUG)}"
+            ) from error
         try:
             self._claim(speed)
         except BaseException:

@@ -12,6 +12,8 @@ from bridge.backends.so101 import registers as r
 from bridge.backends.so101.bus import Answer, Bus, BusCounts, BusError
 from bridge.backends.so101.calibration import Calibration
 
+_RELEASES = 3
+
 
 class ServoFaultError(BackendError):
     """A servo reports a fault."""
@@ -87,9 +89,13 @@ class Servos:
             self._send(self._seen_ticks)
 
     def release(self) -> None:
-        """Torque off, told to all at once and acknowledged by none. Raises `PortError`."""
-        off = r.TORQUE_ENABLE.encode(0)
-        self._bus.sync_write(r.TORQUE_ENABLE.address, dict.fromkeys(self._calibration.ids, off))
+        """Torque off, told to all at once; told again if one says that it did not hear it. Raises `PortError`."""
+        register, ids = r.TORQUE_ENABLE, self._calibration.ids
+        for _ in range(_RELEASES):
+            self._bus.sync_write(register.address, dict.fromkeys(ids, register.encode(0)))
+            answers = self._bus.try_sync_read(ids, register.address, register.size)
+            if not any(register.decode(answer.data) for answer in answers.values()):
+                return
 
     def close(self) -> None:
         """Close the bus; idempotent."""
