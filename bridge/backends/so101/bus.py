@@ -13,7 +13,6 @@ from bridge.backends.so101.packets import Decoder
 from bridge.backends.so101.port import SerialPort
 from bridge.backends.so101.registers import Register
 
-
 _Request = Callable[[Sequence[int]], bytes]  # for the servos that have not answered yet
 
 
