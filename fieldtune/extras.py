@@ -11,6 +11,7 @@ EXTRAS = {
     "onnxscript": "trainer",
     "scipy": "trainer",
     "matplotlib": "trainer",
+    "cv2": "cameras",
     "gymnasium": "gymnasium",
     "metaworld": "metaworld",
     "mujoco": "metaworld",

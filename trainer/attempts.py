@@ -23,6 +23,7 @@ import numpy as np
 from msgspec import Struct
 
 from bridge.backend import Backend, Float32, HasExpert, Observation, instruction_of
+from bridge.control import Pacer
 from bridge.errors import FieldtuneError
 from bridge.messages import observation_tensors
 from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
@@ -216,6 +217,9 @@ def _attempt(
     )
     records: list[DecisionRecord | ExecutedRecord] = []
     backend.reset(job.task, job.seed)
+    pacer = Pacer(1.0 / backend.spec.control_hz) if backend.spec.paced else None
+    if pacer:
+        pacer.start()
     for step in range(horizon_steps):
         if stopped():
             return None
@@ -235,6 +239,8 @@ def _attempt(
             return Attempt(job.task, job.seed, Demonstration(start, records, last))
         if outcome.status != "running":
             break
+        if pacer:
+            pacer.wait()
     return Attempt(job.task, job.seed, None)
 
 

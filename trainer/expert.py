@@ -16,6 +16,7 @@ from bridge.backend import Backend, HasExpert
 from bridge.backends import make_backend
 from bridge.backends.metaworld_bound import SUCCESS, KinematicBound, kinematic_bound
 from bridge.config import BackendConfig
+from bridge.control import Pacer
 from runtime.durable import write_atomic
 from runtime.episode import End
 from runtime.rundir import RunDir
@@ -86,11 +87,16 @@ def bound_of(run: RunDir, config: BackendConfig, goals: Iterable[Goal]) -> Kinem
 
 def _attempt(backend: Backend, expert: HasExpert, task: str, seed: int, horizon_steps: int) -> Attempt:
     backend.reset(task, seed)
+    pacer = Pacer(1.0 / backend.spec.control_hz) if backend.spec.paced else None
+    if pacer:
+        pacer.start()
     for step in range(1, horizon_steps + 1):
         backend.apply(expert.expert_action())
         status = backend.outcome().status
         if status != "running":
             return Attempt(task, seed, "success" if status == "success" else "failure", step)
+        if pacer:
+            pacer.wait()
     return Attempt(task, seed, "timeout", horizon_steps)
 
 

@@ -29,6 +29,7 @@ _SHIPPED = {
     "metaworld": _Shipped("bridge.backends.metaworld", "MetaWorld", ("metaworld", "mujoco"), "metaworld"),
     "gymnasium": _Shipped("bridge.backends.gymnasium", "Gymnasium", ("gymnasium",), "gymnasium"),
     "lerobot": _Shipped("bridge.backends.lerobot", "LeRobot"),
+    "so101": _Shipped("bridge.backends.so101.arm", "SO101"),
     "point": _Shipped("bridge.backends.point", "Point"),
     "remote": _Shipped("bridge.backends.remote", "Remote"),
     # Above the bridge, as a class of a user is: it reads the episode log. A name here is no import.

@@ -36,8 +36,12 @@ from fieldtune.deployment import Deployment, load_deployment
 
 State = Literal["ok", "note", "warn", "bad"]
 COLOURS: dict[State, str] = {"ok": "green", "note": "dim", "warn": "yellow", "bad": "red"}
-EXTRAS_SHOWN = ("runtime", "trainer", "gymnasium", "metaworld")
-MODULES = {"pyyaml": "yaml", "pyzmq": "zmq"}  # where a package is imported by another name
+EXTRAS_SHOWN = ("runtime", "trainer", "gymnasium", "metaworld", "cameras")
+MODULES = {
+    "pyyaml": "yaml",
+    "pyzmq": "zmq",
+    "opencv-python-headless": "cv2",
+}  # where a package is imported by another name
 GL_PROBE = "from bridge.backends.rendering import check_gl; print(check_gl())"
 GL_TIMEOUT_S = 60.0
 ROUND_TRIP_MS = 2000

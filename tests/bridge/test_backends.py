@@ -43,7 +43,7 @@ def refused(name: str, options: dict | None = None) -> str:
 
 
 def test_names_of_shipped_backends():
-    assert BACKENDS == ("metaworld", "gymnasium", "lerobot", "point", "remote", "replay")
+    assert BACKENDS == ("metaworld", "gymnasium", "lerobot", "so101", "point", "remote", "replay")
     backend = make_backend(BackendConfig("point", {"size_px": 48}))
     assert isinstance(backend, Backend)
     assert isinstance(backend, HasExpert)

@@ -277,3 +277,31 @@ def shown(seed: int, succeeds: list[bool]) -> Demonstration | None:
         started_unix_s=0.0,
     )
     return Demonstration(start, [], EndRecord(status="success", steps=0, reason="", tensors={}))
+
+
+def test_a_paced_backend_is_demonstrated_at_its_own_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    class Counted:
+        def __init__(self, period_s: float) -> None:
+            self.period_s = period_s
+
+        def start(self) -> None:
+            pass
+
+        def wait(self) -> None:
+            waits.append(self.period_s)
+
+    def paced() -> Backend:
+        backend = point()
+        backend._spec = replace(backend.spec, paced=True)
+        return backend
+
+    monkeypatch.setattr(attempts, "Pacer", Counted)
+    collect(tmp_path / "unpaced", 2)
+    assert waits == []
+    collect(tmp_path / "paced", 2, make=paced)
+    rows = demo_rows(EpisodeIndex(tmp_path / "paced"), "reach", DemosConfig(per_task=2, first_seed=3))
+    # Not after the step that ends the episode; attempts that failed waited, too.
+    assert len(waits) >= sum(row.steps - 1 for row in rows) > 0
+    assert set(waits) == {1.0 / SPEC.control_hz}
