@@ -42,6 +42,7 @@ COMMANDS = {
     "bundle make": ("fieldtune.commands.bundle:make", "make a bundle from any ONNX policy and a spec"),
     "bundle inspect": ("fieldtune.commands.bundle:inspect", "show what a bundle sees and gives"),
     "bundle verify": ("fieldtune.commands.bundle:verify", "check a bundle: hash, weights, shapes, probe replay"),
+    "backend check": ("fieldtune.commands.backend_check:check", "check that a backend does what fieldtune relies on"),
     "keys": ("fieldtune.commands.keys:keys", "make CURVE keys for clients on other computers"),
     "doctor": ("fieldtune.commands.doctor:doctor", "check this computer and say how to mend what is missing"),
     "bench": ("fieldtune.commands.bench:bench", "measure serving, rollout, swap and logging"),
