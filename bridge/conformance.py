@@ -13,6 +13,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from bridge import conformance_order as order
 from bridge import conformance_rules as rules
 from bridge.backend import Backend, BackendSpec
 from bridge.conformance_bench import Bench, Verdict
@@ -65,12 +66,12 @@ RULES = (
     Rule("spec names and units", _of_spec(name_faults, "each element has a name and a unit"), _SPEC[:1]),
     Rule("spec limits", _of_spec(limit_faults, "finite, low below high"), _SPEC[:1]),
     Rule("spec rate and tasks", _of_spec(rate_faults, "a rate, and tasks with their texts"), _SPEC[:1]),
-    Rule("stop and close before connect", rules.stop_and_close_before_connect, _SPEC),
-    Rule("calls before connect", rules.calls_before_connect, _SPEC),
-    Rule("connect", rules.connect, _SPEC),
-    Rule("spec after connect", rules.spec_after_connect, ("connect",)),
-    Rule("reset", rules.reset, ("connect",), moves=True),
-    Rule("unknown task", rules.unknown_task, ("reset",), moves=True),
+    Rule("stop and close before connect", order.stop_and_close_before_connect, _SPEC),
+    Rule("calls before connect", order.calls_before_connect, _SPEC),
+    Rule("connect", order.connect, _SPEC),
+    Rule("spec after connect", order.spec_after_connect, ("connect",)),
+    Rule("reset", order.reset, ("connect",), moves=True),
+    Rule("unknown task", order.unknown_task, ("reset",), moves=True),
     Rule("observe", rules.observe, ("connect", "reset")),
     Rule("pictures", rules.pictures, _SEEN),
     Rule("fresh arrays", rules.fresh_arrays, _SEEN),
@@ -83,11 +84,11 @@ RULES = (
     Rule("outcome", rules.outcome, _MOVED, moves=True),
     Rule("time of observe", rules.time_of_observe, _SEEN),
     Rule("time of apply", rules.time_of_apply, _MOVED, moves=True),
-    Rule("stop", rules.stop, ("connect",)),
-    Rule("reset after stop", rules.reset_after_stop, ("stop", "reset"), moves=True),
-    Rule("close", rules.close, ("connect",)),
-    Rule("calls after close", rules.calls_after_close, ("close",)),
-    Rule("unplugged", rules.unplugged, (*_HELD, "close"), moves=True),
+    Rule("stop", order.stop, ("connect",)),
+    Rule("reset after stop", order.reset_after_stop, ("stop", "reset"), moves=True),
+    Rule("close", order.close, ("connect",)),
+    Rule("calls after close", order.calls_after_close, ("close",)),
+    Rule("unplugged", order.unplugged, (*_HELD, "close"), moves=True),
 )
 
 

@@ -114,3 +114,16 @@ def bad_action_vector(action: Any, low: Float32, high: Float32) -> str:
     if ((action < low - rounding) | (action > high + rounding)).any():
         return f"gives {action}, outside the limits"
     return ""
+
+
+def refuses(call: Callable[[], Any], what: str) -> None:
+    """Raise `Verdict` unless the call raises `BackendError`."""
+    try:
+        call()
+    except BackendError:
+        return
+    except Exception as error:
+        raise Verdict(
+            "failed", f"{what} raises {type(error).__name__}: {error}", "raise BackendError with what to do"
+        ) from error
+    raise Verdict("failed", f"{what} is taken", "raise BackendError before anything is sent")
