@@ -87,6 +87,7 @@ RULES = (
     Rule("stop", order.stop, ("connect",)),
     Rule("reset after stop", order.reset_after_stop, ("stop", "reset"), moves=True),
     Rule("close", order.close, ("connect",)),
+    Rule("stop after close", order.stop_after_close, ("stop", "close")),
     Rule("calls after close", order.calls_after_close, ("close",)),
     Rule("unplugged", order.unplugged, (*_HELD, "close"), moves=True),
 )

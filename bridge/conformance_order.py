@@ -85,7 +85,7 @@ def unknown_task(bench: Bench) -> str:
 
 
 def stop(bench: Bench) -> str:
-    """Twice: in the middle of an episode where it may be moved."""
+    """Twice; in the middle of an episode where it may be moved."""
     if bench.may_move:
         bench.observe()
     for when in ("stop()", "stop() again"):
@@ -101,11 +101,16 @@ def reset_after_stop(bench: Bench) -> str:
 
 
 def close(bench: Bench) -> str:
-    """Twice, and `stop` after it."""
+    """Twice."""
     for when in ("close()", "close() again"):
         _never_raises(bench.backend.close, when)
+    return "may be called again"
+
+
+def stop_after_close(bench: Bench) -> str:
+    """A program that ends does not know how far it got."""
     _never_raises(bench.backend.stop, "stop() after close()")
-    return "may be called again, and stop() after it"
+    return "does nothing"
 
 
 def unplugged(bench: Bench) -> str:

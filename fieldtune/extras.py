@@ -12,6 +12,7 @@ EXTRAS = {
     "scipy": "trainer",
     "matplotlib": "trainer",
     "gymnasium": "gymnasium",
+    "gymnasium_robotics": "gymnasium-robotics",
     "metaworld": "metaworld",
     "mujoco": "metaworld",
 }
