@@ -109,7 +109,7 @@ def test_pixels_show_the_goal_the_state_does_not_and_success_comes_from_info(sta
     np.testing.assert_allclose(position, [1.34, 0.75, 0.53], atol=1e-6)
     rows, columns = np.nonzero(seen.images["front"][..., 0])
     expected = 96 * (0.5 + 2 * (goal - position)[:2])
-    np.testing.assert_allclose([rows.mean(), columns.mean()], expected, atol=1.0)
+    np.testing.assert_allclose([rows.mean(), columns.mean()], expected, atol=1.6)  # the ball is 4 px wide
     for _ in range(20):
         assert backend.outcome().status == "running"
         backend.apply(np.append(np.clip(20 * (goal - backend.observe().state), -1, 1), 0).astype(np.float32))
