@@ -39,6 +39,10 @@ class Bench:
     """The last step ended the episode, or there has been none."""
     observe_p99_s: float = 0.0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    spec_before: BackendSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spec_before = self.backend.spec
 
     @property
     def spec(self) -> BackendSpec:
@@ -84,8 +88,9 @@ class Bench:
         low, high = self.low, self.high
         if self.spec.paced:
             move = SMALL * (high - low) * self.random.choice([-1.0, 1.0], len(low))
-            return np.clip(self.hold() + move, low, high).astype(np.float32)
-        return (low + (high - low) * self.random.uniform(0.25, 0.75, len(low))).astype(np.float32)
+            return np.asarray(np.clip(self.hold() + move, low, high), np.float32)
+        share = self.random.uniform(0.25, 0.75, len(low)).astype(np.float32)
+        return low + (high - low) * share
 
     def step(self, action: Float32) -> Any:
         """Apply one action in a running episode and give what `apply` returned; a robot then waits out its period."""

@@ -9,11 +9,12 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
 
-from bridge.backend import BackendError, Observation, Outcome, Status
+from bridge.backend import BackendError, Float32, Observation, Outcome, Status
 from bridge.conformance_bench import Bench, Verdict, bad_action_vector, refuses
 from bridge.messages import WireError, check_observation, observation_tensors
 
@@ -53,8 +54,8 @@ def fresh_arrays(bench: Bench) -> str:
     """The loop keeps observations until they are sent and logged, so a backend must not write into them again."""
     first = observation_tensors(bench.observe())
     kept = {name: array.copy() for name, array in first.items()}
-    if bench.may_move:
-        bench.step(bench.gentle_action() if not bench.spec.paced else bench.hold())
+    if not bench.spec.paced:
+        bench.step(bench.gentle_action())
     second = observation_tensors(bench.observe())
     reused = [name for name in first if np.shares_memory(first[name], second[name])]
     reused += [name for name in first if name not in reused and not np.array_equal(first[name], kept[name])]
@@ -68,7 +69,7 @@ def equal_seeds(bench: Bench) -> str:
     bench.start(seed=1)
     first = bench.tensors()
     for _ in range(3):
-        bench.step(bench.gentle_action() if not bench.spec.paced else bench.hold())
+        bench.step(bench.gentle_action())
     bench.start(seed=1)
     second = bench.tensors()
     other = [
@@ -190,7 +191,7 @@ def bad_actions(bench: Bench) -> str:
     nan, infinite = good.copy(), good.copy()
     nan[0], infinite[-1] = np.nan, np.inf
     for what, action in (("NaN", nan), ("infinity", infinite), ("one element too many", np.append(good, good[:1]))):
-        refuses(lambda action=action: bench.step(action), f"apply() of an action with {what}")  # type: ignore[misc]
+        refuses(partial(bench.step, action), f"apply() of an action with {what}")
     bench.step(good)
     return "are refused, and it goes on"
 

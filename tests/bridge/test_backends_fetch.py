@@ -138,7 +138,7 @@ def test_the_camera_and_the_size_reach_the_environment(stand_in):
 def test_a_picture_that_cannot_be_drawn_says_what_to_do(stand_in):
     backend = make("fetch_reach", kwargs={"draws": False})
     backend.reset("fetch-reach", 0)
-    with pytest.raises(BackendError, match="cannot draw: RuntimeError: No OpenGL backend.*fieldtune doctor"):
+    with pytest.raises(BackendError, match=r"cannot draw: RuntimeError: No OpenGL backend.*fieldtune doctor"):
         backend.observe()
 
 

@@ -152,6 +152,11 @@ class NotFinite(Good):
         return Observation(seen.images, np.full(2, np.nan, np.float32), seen.privileged)
 
 
+class CameraIsGone(Good):
+    def observe(self):
+        raise BackendError("the camera is gone")
+
+
 class CappedCamera(Good):
     def observe(self):
         seen = super().observe()
@@ -346,6 +351,7 @@ class CrashesWhenCut(Cut):
         (TakesAnyTask, "unknown task", "is taken"),
         (DoubleState, "observe", "tensors.state: is <f8[2], expected <f4[2]"),
         (NotFinite, "observe", "not finite"),
+        (CameraIsGone, "observe", "the camera is gone"),
         (OneBuffer, "fresh arrays", "image/top"),
         (IgnoresTheSeed, "equal seeds", "starts differ"),
         (HoldOutside, "hold action", "outside the limits"),

@@ -80,3 +80,10 @@ def test_what_is_no_backend_is_a_usage_error(capsys: pytest.CaptureFixture[str])
     assert run(["backend", "check", "pont"]) == 2
     assert run(["backend", "check", "point", "--set", "backend.options.sizepx=1"]) == 2
     assert "sizepx" in capsys.readouterr().err
+
+
+def test_the_page_has_every_rule_in_its_order_and_which_of_them_move() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "backends_check.md").read_text()
+    written = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    table = [(cells[0], cells[-1] == "yes") for cells in written]
+    assert table == [(rule.name, rule.moves) for rule in RULES]
