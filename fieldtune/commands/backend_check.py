@@ -55,10 +55,11 @@ def check(
     if as_json:
         print_json({"backend": config.name, "good": good, "checks": checks})
         return 0 if good else 1
-    table = Table("", "", "found", "what to do", box=None, pad_edge=False)
+    table = Table("", "", "found, and what to do", box=None, pad_edge=False)
     for row in checks:
         colour = COLOURS[row.state]
-        table.add_row(f"[{colour}]{row.state}[/{colour}]", escape(row.name), escape(row.found), escape(row.mend))
+        mend = f"\n[bold]{escape(row.mend)}[/bold]" if row.mend else ""
+        table.add_row(f"[{colour}]{row.state}[/{colour}]", escape(row.name), escape(row.found) + mend)
     out.print(table)
     count = Counter(row.state for row in checks)
     out.print(f"{escape(config.name)}: " + ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state]))
