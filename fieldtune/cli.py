@@ -50,6 +50,7 @@ COMMANDS = {
         "serve a backend to `backend: {name: remote}` on another computer",
     ),
     "emulate so101": ("fieldtune.commands.emulate:so101", "an SO-101 arm that is not there, on a pseudo-terminal"),
+    "backend check": ("fieldtune.commands.backend_check:check", "check that a backend does what fieldtune relies on"),
     "keys": ("fieldtune.commands.keys:keys", "make CURVE keys for clients on other computers"),
     "doctor": ("fieldtune.commands.doctor:doctor", "check this computer and say how to mend what is missing"),
     "bench": ("fieldtune.commands.bench:bench", "measure serving, rollout, swap and logging"),

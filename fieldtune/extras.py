@@ -13,6 +13,7 @@ EXTRAS = {
     "matplotlib": "trainer",
     "cv2": "cameras",
     "gymnasium": "gymnasium",
+    "gymnasium_robotics": "gymnasium-robotics",
     "metaworld": "metaworld",
     "mujoco": "metaworld",
 }

@@ -20,11 +20,14 @@ from bridge.backend import (
     UInt8,
     VectorSpec,
 )
+from bridge.backends.gymnasium_spaces import Part, is_image, parts_of, read, spaces_of
+from bridge.backends.rendering import prepare_gl
 from bridge.backends.resizing import Resizer
 from bridge.config import ConfigError
 
 _OPTIONS = "$.backend.options"
 _DEFAULT_HZ = 20.0
+_EXTRAS = {"gymnasium_robotics": "gymnasium-robotics"}
 
 
 class GymnasiumCamera(Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,11 +36,11 @@ class GymnasiumCamera(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     size_px: Annotated[int, Meta(ge=8, le=1024)] = 64
     source: str = "render"
-    """`render`, or a key of a Dict observation whose value is uint8 `[H, W, 3]`."""
+    """`render`, or a key of the observation whose value is uint8 `[H, W, 3]`."""
 
 
 class GymnasiumOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of the backend `gymnasium`."""
+    """Options of the backend `gymnasium`. A Box observation counts as a Dict with the one key `observation`."""
 
     id: str
     """The id the environment is registered under."""
@@ -47,7 +50,12 @@ class GymnasiumOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Modules whose import registers the id."""
     cameras: tuple[GymnasiumCamera, ...] = ()
     state: tuple[str, ...] | None = None
-    """Keys of a Dict observation that make up the state; a Box observation is the state as a whole."""
+    """What the policy sees beside the cameras: `KEY` or `KEY[START:STOP]` of the observation, one after the other.
+    A Box observation is the state as a whole if this is absent, and an image gives no state."""
+    privileged: tuple[str, ...] | None = None
+    """What only the trainer's critic sees, in the same way: where the object and the goal are, say."""
+    kind: Literal["absolute", "delta"] = "absolute"
+    """Whether an action is a target, or relative to where the robot is."""
     success: str | None = None
     """Key in `info` that is true once the task is done."""
     terminated: Literal["success", "failure"] = "failure"
@@ -69,6 +77,8 @@ class Gymnasium:
         self._task = options.task or options.id
         self._env = _make(options)
         try:
+            self._state = parts_of(self._env.observation_space, options.state, f"{_OPTIONS}.state")
+            self._privileged = self._privileged_parts()
             self._spec = self._read_spec()
         except ConfigError:
             self._env.close()
@@ -106,7 +116,8 @@ class Gymnasium:
         """Render or copy the cameras, resized by area, and flatten the state."""
         self._check_running()
         images = {camera.name: self._image(camera) for camera in self._options.cameras}
-        return Observation(images=images, state=self._state())
+        privileged = read(self._observation, self._privileged) if self._privileged else None
+        return Observation(images=images, state=read(self._observation, self._state), privileged=privileged)
 
     def apply(self, action: Float32) -> Float32:
         """Clip to the limits and step once; returns the clipped action float32 `[d]`."""
@@ -164,16 +175,13 @@ class Gymnasium:
             return self._options.terminated
         return "timeout" if truncated else "running"
 
-    def _state(self) -> Float32:
-        if self._options.state is None:
-            parts = [self._observation]
-        else:
-            parts = [self._observation[key] for key in self._options.state]
-        flat = [np.asarray(part, np.float32).ravel() for part in parts]
-        return np.concatenate(flat) if flat else np.zeros(0, np.float32)
+    def _privileged_parts(self) -> list[Part]:
+        if self._options.privileged is None:
+            return []
+        return parts_of(self._env.observation_space, self._options.privileged, f"{_OPTIONS}.privileged")
 
     def _image(self, camera: GymnasiumCamera) -> UInt8:
-        source = self._env.render() if camera.source == "render" else self._observation[camera.source]
+        source = self._render() if camera.source == "render" else spaces_of(self._observation)[camera.source]
         image = np.asarray(source)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BackendError(
@@ -185,6 +193,15 @@ class Gymnasium:
             self._resizers[key] = Resizer(key[:2], (camera.size_px, camera.size_px))
         return self._resizers[key](image)
 
+    def _render(self) -> Any:
+        try:
+            return self._env.render()
+        # MuJoCo, PyOpenGL and pygame raise whatever they stumble over where there is no screen or no driver.
+        except Exception as error:
+            raise BackendError(
+                f"{self._options.id} cannot draw: {type(error).__name__}: {error}; see `fieldtune doctor`"
+            ) from error
+
     def _read_spec(self) -> BackendSpec:
         from gymnasium.spaces import Box
 
@@ -193,70 +210,61 @@ class Gymnasium:
         if not isinstance(action, Box) or not np.issubdtype(action.dtype, np.floating):
             raise ConfigError(f"{_OPTIONS}.id: the action of {options.id} is {action}, expected a Box of floats")
         low, high = (tuple(float(x) for x in bound.ravel()) for bound in (action.low, action.high))
+        if not np.isfinite(low + high).all():
+            raise ConfigError(
+                f"{_OPTIONS}.id: the action of {options.id} is {action}, expected finite limits; register it with "
+                "a wrapper that gives it some"
+            )
         return BackendSpec(
             name="gymnasium",
             cameras=tuple(self._camera_spec(index) for index in range(len(options.cameras))),
-            state=self._state_spec(),
+            state=_vector_spec(self._state),
             action=ActionSpec(
                 names=tuple(f"action_{i}" for i in range(len(low))),
                 units=("unknown",) * len(low),
                 low=low,
                 high=high,
-                kind="absolute",
+                kind=options.kind,
             ),
             control_hz=options.control_hz or float(env.metadata.get("render_fps") or _DEFAULT_HZ),
             instructions={self._task: options.instruction},
+            privileged=_vector_spec(self._privileged) if self._privileged else None,
         )
 
     def _camera_spec(self, index: int) -> CameraSpec:
-        from gymnasium.spaces import Box, Dict
-
         camera, where = self._options.cameras[index], f"{_OPTIONS}.cameras[{index}]"
         if camera.name in [other.name for other in self._options.cameras[:index]]:
             raise ConfigError(f"{where}.name: {camera.name!r} is the name of another camera")
         if camera.source != "render":
             space = self._env.observation_space
-            part = space.spaces.get(camera.source) if isinstance(space, Dict) else None
-            if not isinstance(part, Box) or part.dtype != np.uint8 or len(part.shape) != 3 or part.shape[2] != 3:
+            part = spaces_of(space).get(camera.source)
+            if not is_image(part):
                 raise ConfigError(
                     f"{where}.source: {camera.source!r} is {part}, expected `render` or a key of the observation that "
                     f"holds uint8 [H, W, 3] (the observation is {space})"
                 )
         return CameraSpec(camera.name, camera.size_px, camera.size_px)
 
-    def _state_spec(self) -> VectorSpec:
-        from gymnasium.spaces import Box, Dict
 
-        space, keys = self._env.observation_space, self._options.state
-        names: list[str] = []
-        if isinstance(space, Box) and keys is None:
-            names += [f"observation_{i}" for i in range(int(np.prod(space.shape)))]
-        elif isinstance(space, Dict) and keys is not None:
-            for index, key in enumerate(keys):
-                part = space.spaces.get(key)
-                if not isinstance(part, Box):
-                    known = ", ".join(name for name, other in space.spaces.items() if isinstance(other, Box))
-                    raise ConfigError(f"{_OPTIONS}.state[{index}]: {key!r} is {part}, expected one of {known}")
-                names += [f"{key}_{i}" for i in range(int(np.prod(part.shape)))]
-        elif isinstance(space, Dict):
-            raise ConfigError(f"{_OPTIONS}.state: missing; name keys of the observation: {', '.join(space.spaces)}")
-        else:
-            expected = "no `state`" if isinstance(space, Box) else "a Box or a Dict of them"
-            raise ConfigError(
-                f"{_OPTIONS}.state: the observation of {self._options.id} is {space}, expected {expected}"
-            )
-        return VectorSpec(names=tuple(names), units=("unknown",) * len(names))
+def _vector_spec(parts: list[Part]) -> VectorSpec:
+    names = tuple(name for part in parts for name in part.names)
+    return VectorSpec(names=names, units=("unknown",) * len(names))
 
 
 def _make(options: GymnasiumOptions) -> Any:
     """The environment; raises `ConfigError` where the id, its module or its arguments are wrong."""
+    if any(camera.source == "render" for camera in options.cameras):
+        # Before anything imports mujoco, which looks at it once.
+        prepare_gl()
     import gymnasium
 
     for index, name in enumerate(options.imports):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ConfigError(f"{_OPTIONS}.imports[{index}]: {name} cannot be imported: {error}") from error
+            extra = _EXTRAS.get(name)
+            hint = f"; run pip install 'fieldtune[{extra}]'" if extra else ""
+            raise ConfigError(f"{_OPTIONS}.imports[{index}]: {name} cannot be imported: {error}{hint}") from error
     kwargs = dict(options.kwargs)
     if any(camera.source == "render" for camera in options.cameras):
         kwargs.setdefault("render_mode", "rgb_array")

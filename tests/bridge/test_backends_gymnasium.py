@@ -173,7 +173,7 @@ def test_closed_backend_refuses_and_connects_again():
         ({"id": "CartPole-v1"}, "$.backend.options.id: the action of CartPole-v1 is Discrete"),
         ({"id": "Pendulum-v1", "imports": ["no_such_module"]}, "$.backend.options.imports[0]: no_such_module"),
         ({"id": "Pendulum-v1", "kwargs": {"gravy": 1}}, "$.backend.options.kwargs: Pendulum-v1 refuses"),
-        ({"id": "Pendulum-v1", "state": ["a"]}, "$.backend.options.state: the observation of Pendulum-v1 is Box"),
+        ({"id": "Pendulum-v1", "state": ["a"]}, "$.backend.options.state[0]: 'a' is None, expected one of observation"),
         ({**DRAWING, "state": None}, "$.backend.options.state: missing"),
         ({**DRAWING, "state": ["mode"]}, "$.backend.options.state[0]: 'mode' is Discrete"),
         ({**DRAWING, "cameras": [{"name": "a", "source": "joints"}]}, "$.backend.options.cameras[0].source: 'joints'"),
