@@ -7,7 +7,9 @@
     probe.safetensors     a fixed batch of inputs (`input.NAME`) and what the exporter computed for it (`output.NAME`)
 
 Graph inputs (B is dynamic): `image/<camera>` uint8 `[B, H, W, 3]`, `state` float32 `[B, n]`, `tokens` int64 `[B, L]`.
-What the spec leaves empty (no camera, no state, `tokens: 0`) is no input of the graph.
+`prefix` float32 `[B, p, d]` and `prefix_mask` float32 `[B, p]` are the actions at the head of the chunk that are
+committed already (mask 1; the rest is 0 in both), for a policy that plans on from them.
+What the spec leaves empty (no camera, no state, `tokens: 0`, `prefix_steps: 0`) is no input of the graph.
 Graph outputs: `action_mean` float32 `[B, h, d]`, `action_log_std` float32 `[B, h, d]`, both in the units of the action.
 Resizing, normalisation and de-normalisation lie inside the graph, so training and serving cannot disagree.
 
@@ -66,6 +68,8 @@ class PolicySpec(Struct, frozen=True, forbid_unknown_fields=True):
     control_hz: float
     horizon: int
     tokens: int
+    prefix_steps: int = 0
+    """p: committed actions that the policy can be told, from the first of the chunk on."""
     noise_correlation: float = 0.0
     """rho, 0 <= rho < 1: correlation of the exploration noise of neighbouring actions; see `runtime.policy`."""
     parent: str = ""
@@ -111,6 +115,9 @@ def graph_inputs(spec: PolicySpec) -> dict[str, tuple[np.dtype[Any], tuple[int, 
         inputs["state"] = (np.dtype(np.float32), (len(spec.state.names),))
     if spec.tokens:
         inputs["tokens"] = (np.dtype(np.int64), (spec.tokens,))
+    if spec.prefix_steps:
+        inputs["prefix"] = (np.dtype(np.float32), (spec.prefix_steps, len(spec.action.names)))
+        inputs["prefix_mask"] = (np.dtype(np.float32), (spec.prefix_steps,))
     return inputs
 
 
@@ -281,8 +288,13 @@ def check_spec(spec: PolicySpec) -> None:
         (math.isfinite(spec.control_hz) and spec.control_hz > 0, "control_hz", "must be above 0"),
         (0 < spec.horizon <= 1024, "horizon", "must be 1 to 1024 actions"),
         (0 <= spec.tokens <= 8192, "tokens", "must be 0 to 8192"),
+        (0 <= spec.prefix_steps < spec.horizon, "prefix_steps", "must be at least 0 and below the horizon"),
         (0 <= spec.noise_correlation < 1, "noise_correlation", "must be at least 0 and below 1"),
-        (bool(graph_inputs(spec)), "cameras", "the policy sees nothing: no camera, no state and no instruction"),
+        (
+            bool(spec.cameras or spec.state.names or spec.tokens),
+            "cameras",
+            "the policy sees nothing: no camera, no state and no instruction",
+        ),
     )
     for good, field, message in rules:
         if not good:

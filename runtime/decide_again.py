@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bridge.backend import Float32
 from bridge.messages import observation_tensors
 from runtime.episode import Decision, EpisodeStart
-from runtime.inference import Infers, Pending, batch_inputs, decision_rng
-from runtime.policy import PROBE_TOLERANCE, compare_specs, log_prob, sample_chunk
+from runtime.inference import Infers, Pending, batch_inputs, decision_rng, log_probs_after, sample_after
+from runtime.policy import PROBE_TOLERANCE, compare_specs
 
 LOG_PROB_TOLERANCE = 0.02
 """Of an action's log-prob, in nats: what the trainer's check of the ratio lets pass for a whole decision."""
@@ -55,17 +57,25 @@ def _again(policy: Infers, start: EpisodeStart, decision: Decision) -> Again:
         decision=decision.number,
         step=decision.step,
         instruction=start.instruction,
-        tensors=observation_tensors(decision.observation),
+        tensors=_tensors(decision),
         explore=decision.log_prob is not None,
         arrived_s=0.0,
     )
     means, log_stds = policy.infer(batch_inputs(policy, [request]))
     mean, log_std, rho = means[0], log_stds[0], policy.spec.noise_correlation
     h = min(len(mean), len(decision.actions))
+    prefix = mean[:0] if decision.prefix is None else decision.prefix
+    c = len(prefix)
     if decision.log_prob is None:
-        return Again(mean[:h], mean[:h], None)
-    actions = sample_chunk(mean, log_std, rho, decision_rng(start.episode, decision.number))
-    return Again(mean[:h], actions[:h], log_prob(decision.actions[:h], mean[:h], log_std[:h], rho))
+        return Again(mean[:h], np.concatenate([prefix, mean[c:]])[:h], None)
+    actions = sample_after(prefix, mean, log_std, rho, decision_rng(start.episode, decision.number))
+    logged = log_probs_after(c, decision.actions[:h], mean[:h], log_std[:h], rho)["log_prob"]
+    return Again(mean[:h], actions[:h], logged)
+
+
+def _tensors(decision: Decision) -> dict[str, NDArray[Any]]:
+    told = {} if decision.prefix is None else {"prefix": decision.prefix}
+    return {**observation_tensors(decision.observation), **told}
 
 
 @dataclass(slots=True)
@@ -95,8 +105,8 @@ def difference(again: Again, decision: Decision, half_range: Float32) -> Differe
     if again.log_prob is None or decision.log_prob is None:
         return Difference(actions, None, None, same)
     gap = again.log_prob.astype(np.float64) - decision.log_prob[:h]
-    k = min(len(decision.sent), h)
-    return Difference(actions, float(np.abs(gap).max()), float(gap[:k].sum()), same and not gap.any())
+    ratio = float(gap[decision.executed].sum())
+    return Difference(actions, float(np.abs(gap).max()), ratio, same and not gap.any())
 
 
 def largest(a: Float32, b: Float32, half_range: Float32) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from msgspec import Struct
 
 from bridge.backend import BackendSpec, Float32, Observation, UInt8
@@ -40,7 +41,8 @@ class TensorRecord(Struct, frozen=True, array_like=True):
 
 
 class DecisionRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag="decision"):
-    """One inference. Tensors: those of the observation, `actions` `[h, d]` and, if sampled, `log_prob` `[h]`."""
+    """One inference. Tensors: those of the observation, `actions` `[h, d]`; if sampled, `log_prob` `[h]` and, where the
+    noise is correlated, `first_log_prob` `[h]`; `prefix` `[c, d]` where the policy was told what was committed."""
 
     decision: int
     step: int
@@ -49,9 +51,15 @@ class DecisionRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag=
 
 
 class ExecutedRecord(Struct, frozen=True, kw_only=True, tag_field="record", tag="executed"):
-    """What became of a decision. Tensors: `sent` `[k, d]`, `reward` `[k]`, and `rules` `[k]` where any is not 0."""
+    """What became of a decision. Tensors: `sent` `[k, d]`, `reward` `[k]`, and `rules` `[k]` where any is not 0.
+
+    A decision that went on playing while the next one was asked for has several of these, each from where the one
+    before it ended.
+    """
 
     decision: int
+    start: int = 0
+    """Index in the chunk of the first action that was played."""
     tensors: dict[str, TensorRecord]
 
 
@@ -75,10 +83,17 @@ class Decision:
     """One decision of an episode. Its `number` (1, 2, 3, ...) says which noise it was drawn with.
 
     `actions` float32 `[h, d]` is the chunk as sampled, `log_prob` float32 `[h]` its log-prob by action under the
-    behaviour policy (None where the mean was taken or an expert acted). The first `len(sent)` = k actions were
-    executed: `sent` float32 `[k, d]` is what the backend really sent, `reward` float32 `[k]` the backend's own reward.
-    `rules` uint8 `[k]` has the bits of the rules (`bridge.messages.RULES`) by which the safety stage changed an action;
-    None where it changed none.
+    behaviour policy (None where the mean was taken or an expert acted).
+
+    Action i of the chunk is for environment step `step` + i. Those from `start` on were executed, k = `len(sent)` of
+    them: `sent` float32 `[k, d]` is what the backend really sent, `reward` float32 `[k]` the backend's own reward. A
+    chunk that came late begins with `start` > 0; where none came in time `sent` goes on beyond the chunk with hold
+    actions. `rules` uint8 `[k]` has the bits of the rules (`bridge.messages.RULES`) by which the safety stage changed
+    an action; None where it changed none.
+
+    `first_log_prob` float32 `[h]` is the log-prob of each action by itself, which is what counts for the first one
+    executed: those before it in the chunk were never sent. None where the noise is white, when both are the same.
+    `prefix` float32 `[c, d]` are the actions that the policy was told to be committed; None where it was told none.
     """
 
     number: int
@@ -90,6 +105,24 @@ class Decision:
     sent: Float32
     reward: Float32
     rules: UInt8 | None = None
+    start: int = 0
+    first_log_prob: Float32 | None = None
+    prefix: Float32 | None = None
+
+    @property
+    def executed(self) -> slice:
+        """The actions of the chunk that were executed."""
+        return slice(self.start, min(self.start + len(self.sent), len(self.actions)))
+
+    @property
+    def executed_log_prob(self) -> float | None:
+        """Log-prob of these actions under the behaviour policy; None where the log has none."""
+        if self.log_prob is None:
+            return None
+        by_action = self.log_prob[self.executed].astype(np.float64)
+        if self.first_log_prob is not None and len(by_action):
+            by_action[0] = self.first_log_prob[self.start]
+        return float(by_action.sum())
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bridge.backend import Float32
 from runtime.bundle import PolicySpec
-from runtime.policy import log_prob, sample_chunk
+from runtime.policy import first_log_prob, log_prob, sample_chunk
 
 
 class Infers(Protocol):
@@ -42,7 +42,8 @@ class Infers(Protocol):
 
 @dataclass(slots=True)
 class Pending:
-    """A request that waits for its chunk. `tensors` are those of the observation, unbatched."""
+    """A request that waits for its chunk. `tensors` are those of the observation, unbatched, and `prefix` `[c, d]` if
+    actions are committed."""
 
     identity: bytes
     session: str
@@ -58,12 +59,13 @@ class Pending:
 
 @dataclass(slots=True)
 class Decided:
-    """A finished decision: `actions` `[h, d]` and, if sampled, `log_prob` `[h]`; or `error` if inference failed."""
+    """A finished decision: `actions` `[h, d]` and, if sampled, `log_probs`: the tensors of the log; or `error` if
+    inference failed."""
 
     pending: Pending
     version: str
     actions: Float32
-    log_prob: Float32 | None
+    log_probs: dict[str, Float32]
     error: str = ""
 
 
@@ -163,18 +165,45 @@ def _chunk(pending: Pending, policy: Infers, mean: Float32, log_std: Float32) ->
     """The chunk `[h, d]` of one request: a sample with its log-prob, or the mean."""
     if not np.isfinite(mean).all():
         return _failed(pending, policy, "the policy gave an action that is not finite")
+    prefix = pending.tensors.get("prefix", mean[:0])
     if not pending.explore:
-        return Decided(pending, policy.version, mean, None)
+        return Decided(pending, policy.version, np.concatenate([prefix, mean[len(prefix) :]]), {})
+    rng = decision_rng(pending.episode, pending.decision)
     correlation = policy.spec.noise_correlation
-    actions = sample_chunk(mean, log_std, correlation, decision_rng(pending.episode, pending.decision))
-    logged = log_prob(actions, mean, log_std, correlation)
-    if not (np.isfinite(actions).all() and np.isfinite(logged).all()):
+    actions = sample_after(prefix, mean, log_std, correlation, rng)
+    log_probs = log_probs_after(len(prefix), actions, mean, log_std, correlation)
+    if not (np.isfinite(actions).all() and all(np.isfinite(array).all() for array in log_probs.values())):
         return _failed(pending, policy, "the policy gave a standard deviation that cannot be sampled from")
-    return Decided(pending, policy.version, actions, logged)
+    return Decided(pending, policy.version, actions, log_probs)
+
+
+def sample_after(
+    prefix: Float32, mean: Float32, log_std: Float32, noise_correlation: float, rng: np.random.Generator
+) -> Float32:
+    """A chunk `[h, d]` that begins with the committed actions `prefix` `[c, d]`; the rest is drawn as a chunk of its
+    own, so that the noise begins where the policy's part does.
+    """
+    c = len(prefix)
+    drawn = sample_chunk(mean[c:], log_std[c:], noise_correlation, rng)
+    return np.concatenate([prefix, drawn]) if c else drawn
+
+
+def log_probs_after(
+    c: int, actions: Float32, mean: Float32, log_std: Float32, noise_correlation: float
+) -> dict[str, Float32]:
+    """What is logged of a sampled chunk: `log_prob` `[h]` and, where the noise is correlated, `first_log_prob` `[h]`;
+    0 for the first `c` actions, which were not drawn.
+    """
+    nothing = np.zeros(c, np.float32)
+    drawn = actions[c:], mean[c:], log_std[c:]
+    log_probs = {"log_prob": np.concatenate([nothing, log_prob(*drawn, noise_correlation)])}
+    if noise_correlation:
+        log_probs["first_log_prob"] = np.concatenate([nothing, first_log_prob(*drawn)])
+    return log_probs
 
 
 def _failed(pending: Pending, policy: Infers, error: str) -> Decided:
-    return Decided(pending, policy.version, np.zeros((0, 0), np.float32), None, error)
+    return Decided(pending, policy.version, np.zeros((0, 0), np.float32), {}, error)
 
 
 def batch_inputs(policy: Infers, batch: list[Pending]) -> dict[str, NDArray[Any]]:
@@ -186,7 +215,19 @@ def batch_inputs(policy: Infers, batch: list[Pending]) -> dict[str, NDArray[Any]
     inputs = {name: _stack([pending.tensors[name] for pending in batch]) for name in names}
     if spec.tokens:
         inputs["tokens"] = _stack([policy.tokens(pending.instruction) for pending in batch])
+    if spec.prefix_steps:
+        inputs["prefix"], inputs["prefix_mask"] = _prefixes(spec, batch)
     return inputs
+
+
+def _prefixes(spec: PolicySpec, batch: list[Pending]) -> tuple[Float32, Float32]:
+    """The committed actions `[B, p, d]` and their mask `[B, p]`, 0 behind them."""
+    prefix = np.zeros((len(batch), spec.prefix_steps, len(spec.action.names)), np.float32)
+    mask = np.zeros((len(batch), spec.prefix_steps), np.float32)
+    for i, pending in enumerate(batch):
+        committed = pending.tensors.get("prefix", prefix[i, :0])
+        prefix[i, : len(committed)], mask[i, : len(committed)] = committed, 1.0
+    return prefix, mask
 
 
 def _stack(arrays: list[NDArray[Any]]) -> NDArray[Any]:

@@ -218,7 +218,8 @@ def log_prob(actions: Float32, mean: Float32, log_std: Float32, noise_correlatio
         log p_i = -xi_i^2 / 2 - log s_i - log(2 pi) / 2 - log sqrt(1 - rho^2)       without the last term for i = 0.
 
     An action depends on those before it only, so the sum over the first k is the exact log-prob of an executed prefix
-    of k actions. That is why the noise is AR(1): a general covariance would have to be factorised for each k.
+    of k actions. That is why the noise is AR(1): a general covariance would have to be factorised for each k. A slice
+    that begins later than the chunk counts its first action by `first_log_prob`.
     Computed in float64, on the actions as they are logged.
     """
     m, s = mean.astype(np.float64), log_std.astype(np.float64)
@@ -228,6 +229,14 @@ def log_prob(actions: Float32, mean: Float32, log_std: Float32, noise_correlatio
     s[..., 1:, :] += math.log(innovation)
     result: Float32 = (-0.5 * xi**2 - s - _LOG_SQRT_2PI).sum(-1).astype(np.float32)
     return result
+
+
+def first_log_prob(actions: Float32, mean: Float32, log_std: Float32) -> Float32:
+    """Log-density of each action by itself, summed over its elements: float32 `[..., h]`; the arrays are `[..., h, d]`.
+
+    The marginal of an AR(1) process is that of white noise with the same standard deviation.
+    """
+    return log_prob(actions, mean, log_std, 0.0)
 
 
 def compare_specs(policy: PolicySpec, backend: BackendSpec) -> None:

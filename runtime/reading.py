@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec, Observation
-from bridge.messages import WireError, check_observation
+from bridge.messages import RULES, WireError, check_observation
 from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord, Record
 from runtime.episode_file import EpisodeError
 from runtime.records import RecordError, scan_records, tensor_arrays
 
 __all__ = ["EpisodeError", "read_episode", "read_start"]
+
+HELD = np.uint8(1 << RULES.index("hold"))
 
 Arrays = dict[str, NDArray[Any]]
 T = TypeVar("T")
@@ -62,7 +64,7 @@ def _read(path: Path) -> Episode:
     end: EndRecord | None = None
     final: Observation | None = None
     decisions: list[Decision] = []
-    last, executed = 0, True  # number of the last decision, and whether a report or a newer decision may follow
+    last, played = 0, 0  # numbers of the last decision, and of the last that was reported
     with path.open("rb") as file:
         for record, offset in scan_records(file):
             if start is None:
@@ -76,13 +78,15 @@ def _read(path: Path) -> Episode:
                 case DecisionRecord():
                     if record.decision <= last:
                         raise EpisodeError(path, f"decision {record.decision} comes after decision {last}")
-                    last, executed = record.decision, False
+                    last = record.decision
                     decisions.append(_decision(record, start.spec))
                 case ExecutedRecord():
-                    if record.decision != last or executed:
-                        raise EpisodeError(path, f"a report on decision {record.decision} after decision {last}")
-                    executed = True
-                    _execute(decisions[-1], tensor_arrays(record.tensors))
+                    # Often of an earlier decision, which played on while the last one was made.
+                    reported = next((d for d in reversed(decisions) if d.number == record.decision), None)
+                    if reported is None or record.decision < played:
+                        raise EpisodeError(path, f"a report on decision {record.decision} after one on {played}")
+                    played = record.decision
+                    _execute(reported, record)
                 case EndRecord():
                     end = record
                     final = _observation(tensor_arrays(record.tensors), start.spec) if record.tensors else None
@@ -95,10 +99,16 @@ def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:
     arrays = tensor_arrays(record.tensors)
     if "actions" not in arrays:
         raise WireError("tensors.actions", f"missing from decision {record.decision}")
-    actions, log_prob, d = arrays.pop("actions"), arrays.pop("log_prob", None), len(spec.action.names)
-    _check("actions", actions, (len(actions) if actions.ndim else 0, d))
-    if log_prob is not None:
-        _check("log_prob", log_prob, (len(actions),))
+    actions, d = arrays.pop("actions"), len(spec.action.names)
+    log_prob, first_log_prob = arrays.pop("log_prob", None), arrays.pop("first_log_prob", None)
+    prefix = arrays.pop("prefix", None)
+    h = len(actions) if actions.ndim else 0
+    _check("actions", actions, (h, d))
+    for name, by_action in (("log_prob", log_prob), ("first_log_prob", first_log_prob)):
+        if by_action is not None:
+            _check(name, by_action, (h,))
+    if prefix is not None:
+        _check("prefix", prefix, (min(len(prefix) if prefix.ndim else 0, h), d))
     return Decision(
         number=record.decision,
         step=record.step,
@@ -108,23 +118,42 @@ def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:
         log_prob=log_prob,
         sent=_nothing(0, d),
         reward=_nothing(0),
+        first_log_prob=first_log_prob,
+        prefix=prefix,
     )
 
 
-def _execute(decision: Decision, arrays: Arrays) -> None:
+def _execute(decision: Decision, record: ExecutedRecord) -> None:
+    """Add what a record says to what is known of the decision."""
+    arrays = tensor_arrays(record.tensors)
     rules = arrays.pop("rules", None)
     if sorted(arrays) != ["reward", "sent"]:
         raise WireError("tensors", f"a report has {', '.join(arrays)}; expected sent, reward")
     sent, reward = arrays["sent"], arrays["reward"]
     k = len(sent) if sent.ndim else 0
     h, d = decision.actions.shape
-    if k > h:
-        raise WireError("tensors.sent", f"{k} actions were sent of a chunk of {h}")
     _check("sent", sent, (k, d))
     _check("reward", reward, (k,))
     if rules is not None and (rules.dtype != np.uint8 or rules.shape != (k,)):
         raise WireError("tensors.rules", f"is {rules.dtype}{list(rules.shape)}, expected uint8[{k}]")
-    decision.sent, decision.reward, decision.rules = sent, reward, rules
+    before = len(decision.sent)
+    due = decision.start + before if before else min(max(record.start, 0), h)
+    if record.start != due:
+        raise WireError("start", f"is {record.start}, expected {due} of a chunk of {h}, {before} of it reported before")
+    beyond = max(0, record.start + k - h)
+    if beyond and (rules is None or not (rules[-min(beyond, k) :] & HELD).all()):
+        raise WireError("tensors.sent", f"{k} actions from {record.start} on were sent of a chunk of {h}")
+    if not before:
+        decision.start, decision.sent, decision.reward, decision.rules = record.start, sent, reward, rules
+        return
+    if rules is not None or decision.rules is not None:
+        decision.rules = np.concatenate([_rules(decision.rules, before), _rules(rules, k)])
+    decision.sent = np.concatenate([decision.sent, sent])
+    decision.reward = np.concatenate([decision.reward, reward])
+
+
+def _rules(rules: NDArray[np.uint8] | None, k: int) -> NDArray[np.uint8]:
+    return np.zeros(k, np.uint8) if rules is None else rules
 
 
 def _observation(arrays: Arrays, spec: BackendSpec) -> Observation:

@@ -208,9 +208,7 @@ class Rollouts:
             self._counters.decisions += 1
             self._counters.latencies_s.append(now_s - pending.arrived_s)
             session.decisions += 1
-            tensors = {**pending.tensors, "actions": item.actions}
-            if item.log_prob is not None:
-                tensors["log_prob"] = item.log_prob
+            tensors = {**pending.tensors, "actions": item.actions, **item.log_probs}
             record = DecisionRecord(
                 decision=pending.decision, step=pending.step, version=item.version, tensors=tensor_records(tensors)
             )

@@ -92,7 +92,7 @@ def show_episode(
             "step": decision.step,
             "version": decision.version,
             "executed": len(decision.sent),
-            "log_prob": None if decision.log_prob is None else float(decision.log_prob[: len(decision.sent)].sum()),
+            "log_prob": decision.executed_log_prob,
             "reward": float(decision.reward.sum()),
             "rules": _rules(decision),
             "first_action": [round(float(x), 3) for x in decision.sent[0]] if len(decision.sent) else [],

@@ -598,7 +598,8 @@ BAD: dict[str, Callable[[], list[Record]]] = {
     "goes on": lambda: [*GOOD, GOOD[-1]],
     "comes after decision": lambda: [GOOD[0], make_decision(2), make_decision(1), GOOD[-1]],
     "a report on decision 2": lambda: [GOOD[0], make_decision(1), make_executed(2), GOOD[-1]],
-    "a report on decision 1": lambda: [*GOOD[:3], make_executed(1), GOOD[-1]],
+    "a report on decision 1": lambda: [*GOOD[:2], make_decision(2), make_executed(2), make_executed(1), GOOD[-1]],
+    "start: is 0, expected 4": lambda: [*GOOD[:3], make_executed(1), GOOD[-1]],
     "tensors.actions: missing": lambda: [GOOD[0], make_decision(1, actions=None), GOOD[-1]],
     "tensors.actions: is": lambda: [GOOD[0], make_decision(1, actions=np.zeros((4, 3), np.float32)), GOOD[-1]],
     "tensors.actions: holds": lambda: [GOOD[0], make_decision(1, actions=NAN), GOOD[-1]],
@@ -606,7 +607,7 @@ BAD: dict[str, Callable[[], list[Record]]] = {
     "tensors.state": lambda: [GOOD[0], make_decision(1, state=None), GOOD[-1]],
     "tensors.image/eye": lambda: [GOOD[0], make_decision(1, side=9), GOOD[-1]],
     "tensors.more": lambda: [GOOD[0], make_decision(1, more=np.zeros(1)), GOOD[-1]],
-    "5 actions were sent": lambda: [*GOOD[:2], make_executed(1, 5), GOOD[-1]],
+    "5 actions from 0 on": lambda: [*GOOD[:2], make_executed(1, 5), GOOD[-1]],
     "tensors.reward": lambda: [*GOOD[:2], make_executed(1, reward=np.zeros(4)), GOOD[-1]],
     "expected sent, reward": lambda: [*GOOD[:2], make_executed(1, more=np.zeros(4)), GOOD[-1]],
 }

@@ -75,7 +75,7 @@ def test_waiting_requests_are_joined_and_each_gets_its_own_answer(fake_policy: A
     assert [item.pending.request for item in decided] == list(range(100, 110))
     for i, item in enumerate(decided):
         np.testing.assert_array_equal(item.actions, np.full((4, 2), float(i), np.float32))
-        assert item.version == policy.version and item.log_prob is None and not item.error
+        assert item.version == policy.version and not item.log_probs and not item.error
 
 
 def test_only_the_tensors_that_the_policy_names_go_in(fake_policy: Any) -> None:
@@ -109,8 +109,7 @@ def test_sampled_actions_follow_from_the_log_and_the_spec_alone(fake_policy: Any
     mean, log_std = policy.infer(batch_inputs(policy, [item.pending]))
     again = sample_chunk(mean[0], log_std[0], rho, decision_rng(item.pending.episode, item.pending.decision))
     np.testing.assert_array_equal(item.actions, again)
-    assert item.log_prob is not None
-    np.testing.assert_array_equal(item.log_prob, log_prob(item.actions, mean[0], log_std[0], rho))
+    np.testing.assert_array_equal(item.log_probs["log_prob"], log_prob(item.actions, mean[0], log_std[0], rho))
 
 
 def test_a_sample_does_not_depend_on_who_else_is_in_the_batch(fake_policy: Any) -> None:
