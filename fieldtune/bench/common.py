@@ -229,7 +229,7 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
 
     from bridge.messages import observation_tensors
     from runtime.policy import encode
-    from trainer.export import Exporter
+    from trainer.export import Exporter, probe_prefixes
     from trainer.sft import policy_spec
     from trainer.tokens import build_tokenizer
     from trainer.vla import VLA
@@ -248,6 +248,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     tokenizer = build_tokenizer(all_instructions(backend.spec), config.vla.vocabulary, config.vla.max_tokens)
     seen["tokens"] = encode(tokenizer, instruction_of(backend.spec, task, 0), config.vla.max_tokens)
     probe = {name: np.stack([array, array]) for name, array in seen.items() if name != "privileged"}
+    still = np.zeros((2, config.vla.horizon_steps, len(backend.spec.action.names)), np.float32)
+    probe.update(probe_prefixes(still, config.vla.prefix_steps))
     registry = Registry(run.registry)
     torch.manual_seed(0)
     vla = VLA(config.vla, policy_spec("bench", backend.spec, config))
