@@ -26,11 +26,15 @@ Only executed actions enter the ratio, so the update stays exact where success, 
 short and where a chunk came late: the noise is white or AR(1) along the chunk, so the log-prob of a slice does not
 depend on what comes after it (runtime/policy.py), and its first action counts by its marginal, because what the chunk
 had before it was never sent. Where the policy is told the actions that are committed while it thinks, they belong to o,
-for pi and for V; they are executed by the decision before and are no part of the slice. L_sbc takes each action by its marginal and is the same squared error whatever the exploration is:
-the residual of a demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process.
+for pi and for V; they are executed by the decision before and are no part of the slice.
+
+L_sbc takes each action by its marginal and is the same squared error whatever the exploration is: the residual of a
+demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process. A policy that can
+be told what is committed is told the first actions of a demonstration (trainer/samples.py) and clones the others.
 
 A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
-1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718.
+1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718;
+what is committed as an input, 2512.05964.
 """
 
 from __future__ import annotations
@@ -310,8 +314,7 @@ def reduced_precision(vla: VLA, batch: Batch, clip: float) -> bool:
     correlation = vla.spec.noise_correlation
     with torch.no_grad():
         exact, rounded = (
-            executed_log_prob(actions, *_forward(vla, seen.inputs, low), executed, correlation)
-            for low in (False, True)
+            executed_log_prob(actions, *_forward(vla, seen.inputs, low), executed, correlation) for low in (False, True)
         )
     return float((rounded - exact).square().mean().sqrt()) <= PRECISION_SHARE * clip
 

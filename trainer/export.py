@@ -163,17 +163,18 @@ def weight_tensors(vla: VLA) -> dict[str, Tensor]:
 def torch_outputs(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """`action_mean` and `action_log_std` float32 `[B, h, d]` as torch computes them for the graph's inputs."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        outputs = vla(*_arguments(vla.spec, inputs))
+        images, others = _arguments(vla.spec, inputs)
+        outputs = vla(images, *others)
     return {name: tensor.numpy() for name, tensor in zip(OUTPUTS, outputs, strict=True)}
 
 
 def export_graph(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> bytes:
     """The graph without weights, from an example batch of 2 or more."""
-    arguments = _arguments(vla.spec, inputs)
-    images, *others = arguments
-    if len(others[0]) < 2:
+    images, others = _arguments(vla.spec, inputs)
+    rows = len(others[0])
+    if rows < 2:
         raise ExportError(
-            f"the probe holds {len(others[0])} observation; with fewer than 2, torch takes the batch size for a constant"
+            f"the probe holds {rows} observation; with fewer than 2, torch takes the batch size for a constant"
         )
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -184,7 +185,7 @@ def export_graph(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> bytes:
             # With optimize=True names get lost and equal weights are merged.
             program = torch.onnx.export(
                 vla,
-                arguments,
+                (images, *others),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -257,11 +258,10 @@ def _probe_inputs(spec: PolicySpec, probe: Mapping[str, NDArray[Any]]) -> Arrays
     return inputs
 
 
-def _arguments(spec: PolicySpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], *tuple[Tensor, ...]]:
-    """The arguments of `VLA.forward`; where there is no state, `[B, 0]`; without a prefix those of the prefix are left
-    out."""
+def _arguments(spec: PolicySpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The arguments of `VLA.forward`, images and others; where there is no state, `[B, 0]`, and without a prefix none
+    of it."""
     images = {camera.name: torch.from_numpy(inputs[f"image/{camera.name}"]) for camera in spec.cameras}
-    tokens = torch.from_numpy(inputs["tokens"])
-    state = inputs.get("state", np.zeros((len(tokens), 0), np.float32))
-    told = [torch.from_numpy(inputs[name]) for name in ARGUMENTS[2:] if name in inputs]
-    return images, torch.from_numpy(state), tokens, *told
+    state = np.zeros((len(inputs["tokens"]), 0), np.float32)
+    others = {"state": state, **inputs}
+    return images, [torch.from_numpy(others[name]) for name in ARGUMENTS if name in others]

@@ -49,11 +49,11 @@ def run_sft(
     """Train on the demonstrations of the run, export a bundle, make it the live version; returns its id.
 
     `start` is a bundle to begin from; its tokenizer and state statistics are kept, its sigma and noise correlation are
-    not. It may be one that was never told what is committed. Equal demonstrations, settings and seed give equal weights on equal hardware. A checkpoint is written every
-    15 s: after a stop or a kill the same call goes on from there, unless settings or demonstrations have changed, then
-    it starts anew. `progress(step, steps)` is called after each gradient step; if `stopped()` the state is kept and
-    None returned. Raises `SFTError` if the run has no demonstrations of a task, `BundleError` if `start` is of another
-    network.
+    not; it may be one that is told nothing of what is committed. Equal demonstrations, settings and seed give equal
+    weights on equal hardware. A checkpoint is written every 15 s: after a stop or a kill the same call goes on from
+    there, unless settings or demonstrations have changed, then it starts anew. `progress(step, steps)` is called after
+    each gradient step; if `stopped()` the state is kept and None returned. Raises `SFTError` if the run has no
+    demonstrations of a task, `BundleError` if `start` is of another network.
     """
     tasks = config.trained(spec)
     index = EpisodeIndex(run.demos)

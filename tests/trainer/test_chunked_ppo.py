@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from ppo_episodes import TASKS, episode, policy_spec, tokens
 from scipy.stats import multivariate_normal
 
+from runtime.inference import sample_after
 from runtime.policy import sample_chunk
 from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
@@ -298,6 +299,39 @@ def test_update_moves_the_executed_actions_to_where_the_advantage_is(rho: float)
         assert result.gradient_steps > 0
     last = float(distance(sampled_batch(vla, [4] * 128, 99)).mean())
     assert last < 0.5 * first
+
+
+def test_update_learns_what_follows_from_what_is_committed() -> None:
+    torch.manual_seed(0)
+    config = VLAConfig(
+        horizon_steps=4, channels=(4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8, prefix_steps=2
+    )
+    spec = replace(SPEC, prefix_steps=2, noise_correlation=0.5)
+    vla = VLA(config, spec)
+    vla.set_state_statistics(torch.zeros(2), torch.ones(2))
+    optimiser = torch.optim.Adam(vla.parameters(), lr=CONFIG.lr)
+
+    def drawn(seed: int) -> tuple[Batch, torch.Tensor]:
+        """Slices of the last two actions, and how far they are from the first action that was told."""
+        batch = sampled_batch(tiny_vla(), [4] * 128, seed)
+        rng = np.random.default_rng(seed)
+        seen = batch.observations
+        seen.prefix = torch.from_numpy(rng.choice([-0.5, 0.5], (128, 2, 2)).astype(np.float32))
+        seen.prefix_mask = torch.ones(128, 2)
+        batch.executed[:, :2] = 0
+        with torch.no_grad():
+            mean, log_std = vla(*seen.inputs)
+            chunks = zip(seen.prefix.numpy(), mean.numpy(), log_std.numpy(), strict=True)
+            batch.actions = torch.from_numpy(np.stack([sample_after(p, m, s, 0.5, rng) for p, m, s in chunks]))
+            batch.log_prob = executed_log_prob(batch.actions, mean, log_std, batch.executed, 0.5)
+        return batch, (batch.actions[:, 2:] - seen.prefix[:, :1]).square().sum(dim=(1, 2))
+
+    first = float(drawn(0)[1].mean())
+    for i in range(25):
+        batch, distance = drawn(i)
+        assert run_update(vla, batch, -distance.double().numpy(), optimiser=optimiser) is not None
+    # Whoever ignored what was told could at best stay in the middle.
+    assert float(drawn(99)[1].mean()) < 0.75 * first
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.8])

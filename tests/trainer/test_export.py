@@ -15,8 +15,8 @@ from vla_samples import (
     arguments,
     observations,
     small_vla,
-    told_vla,
     tokenizer,
+    told_vla,
 )
 
 import trainer

@@ -1,8 +1,8 @@
 """The policy gradient is the right one however chunks are cut, late or conditioned: a problem with a known answer.
 
-A point on a line, x_{t+1} = x_t + a_t from x_0 = 0, earns (x_t - g)^2 - (x_{t+1} - g)^2 at each of T steps. Action i of a
-chunk has the mean theta_i plus phi times the sum of what the policy was told, and AR(1) noise. So x_T is Gaussian, its
-mean and variance follow from which indices are executed when, and J = g^2 - E (x_T - g)^2 has an exact gradient.
+A point on a line, x_{t+1} = x_t + a_t from x_0 = 0, earns (x_t - g)^2 - (x_{t+1} - g)^2 at each of T steps. Action i of
+a chunk has the mean theta_i plus phi times the sum of what the policy was told, and AR(1) noise. So x_T is Gaussian,
+its mean and variance follow from which indices are executed when, and J = g^2 - E (x_T - g)^2 has an exact gradient.
 """
 
 from __future__ import annotations
