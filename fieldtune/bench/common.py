@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bridge.backend import all_instructions, instruction_of
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
+from bridge.messages import Played
 from fieldtune.deployment import Deployment
 from runtime.config import ServeConfig
 from runtime.episodes import EpisodeLog
@@ -263,3 +264,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
             vla.head.bias.add_(0.01)
     registry.set_live(bundles[0].name, why="bench")
     return run, bundles
+
+
+def whole_chunk(decision: int, horizon: int) -> tuple[Played, ...]:
+    """The report that all of a decision's chunk was played; before the first decision (0) nothing was."""
+    return (Played(decision, 0, horizon),) if decision else ()

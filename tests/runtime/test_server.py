@@ -33,6 +33,7 @@ from bridge.messages import (
     NextEpisode,
     NoEpisode,
     Operate,
+    Played,
     Refused,
     Rollback,
     Serving,
@@ -264,7 +265,7 @@ def test_chunks_are_refused_out_of_order(robot: Any, point: Backend) -> None:
     assert field_of(step=1) == "step"
     assert field_of(step=-1) == "step"
     robot.infer(observation)
-    assert field_of() == "executed"
+    assert field_of(step=1) == "step"
     robot.executed(2)
     assert field_of(step=0) == "step"
     assert field_of(step=4) == "step"
@@ -318,7 +319,7 @@ def zeros(k: int, d: int = 2) -> Any:
         ({"sent": zeros(1)}, "malformed", "tensors"),
         ({"sent": zeros(1), "reward": zeros(1)[:, 0], "more": zeros(1)}, "malformed", "tensors.more"),
         ({"sent": zeros(0), "reward": zeros(0)[:, 0]}, "malformed", "tensors.sent"),
-        ({"sent": zeros(5), "reward": zeros(5)[:, 0]}, "malformed", "tensors.sent"),
+        ({"sent": zeros(5), "reward": zeros(5)[:, 0]}, "malformed", "played[0].steps"),
         ({"sent": zeros(1, 3), "reward": zeros(1)[:, 0]}, "malformed", "tensors.sent"),
         ({"sent": zeros(1)[0], "reward": zeros(1)[:, 0]}, "malformed", "tensors.sent"),
         ({"sent": np.float32(0).reshape(()), "reward": zeros(1)[:, 0]}, "malformed", "tensors.sent"),
@@ -337,9 +338,10 @@ def test_a_wrong_report_is_refused_and_the_right_one_is_still_taken(
     robot.next()
     observation = robot.observation(point.spec)
     robot.infer(observation)
+    played = (Played(1, 0, max(1, len(np.atleast_2d(arrays.get("sent", zeros(1)))))),)
     for call in (
-        lambda: robot.infer({**observation, **arrays}, executed=1, step=1),
-        lambda: robot.end({**observation, **arrays}, executed=1, steps=1),
+        lambda: robot.infer({**observation, **arrays}, played=played, step=1),
+        lambda: robot.end({**observation, **arrays}, played=played, steps=1),
     ):
         answer = refused(call)
         assert (answer.code, answer.field) == (code, field)
@@ -375,16 +377,61 @@ def test_reports_are_refused_out_of_order(robot: Any, point: Backend) -> None:
     def field_of(arrays: dict[str, Any], **changes: Any) -> str:
         return refused(lambda: robot.infer({**observation, **arrays}, **changes)).field
 
-    assert field_of(report, executed=1, step=1) == "executed"  # nothing was decided yet
-    assert field_of(report, executed=0) == "tensors"
+    one = (Played(1, 0, 1),)
+    assert field_of(report, played=one, step=1) == "played[0].decision"  # nothing was decided yet
+    assert field_of(report, played=()) == "tensors"
     robot.infer(observation)
-    assert field_of(report, executed=2, step=1) == "executed"
-    assert field_of(report, executed=0, step=1) == "executed"
-    assert field_of(report, executed=1, step=1, episode="0" * 24) == "episode"
+    assert field_of(report, played=(Played(2, 0, 1),), step=1) == "played[0].decision"
+    assert field_of(report, played=(Played(1, 1, 1),), step=1) == "played[0].start"
+    assert field_of(report, played=(Played(1, 0, 0), Played(1, 0, 1)), step=1) == "played[0].steps"
+    assert field_of({}, played=(), step=1) == "step"
+    assert field_of(report, played=one, step=1, episode="0" * 24) == "episode"
     robot.executed()
     robot.infer(observation)
-    assert field_of(report, executed=1, step=2) == "executed"  # told twice
+    assert field_of(report, played=one, step=2) == "played[0].start"  # told twice
     robot.executed()
+    robot.infer(observation)
+    assert field_of(report, played=(Played(1, 2, 1),), step=3) == "played[0].decision"  # the second plays already
+
+
+def test_chunks_that_came_late_or_not_in_time_are_logged_as_they_were_played(serve: Any, point: Backend) -> None:
+    """Chunks have 4 actions. The second is asked for at step 2 and comes at step 3; the third at 5, and comes at 8."""
+    serving = serve()
+    robot = serving.robot(point.spec)
+    robot.next()
+    observation = robot.observation(point.spec)
+
+    def infer(step: int, *played: Played, starved: int = 0) -> None:
+        k = sum(slice_.steps for slice_ in played)
+        robot.report = {"sent": step + zeros(k), "reward": zeros(k)[:, 0]} if k else {}
+        if starved:
+            robot.report["rules"] = np.array([0] * (k - starved) + [64] * starved, np.uint8)
+        robot.infer(observation, step=step, played=played)
+
+    infer(0)
+    infer(2, Played(1, 0, 2))
+    assert refused(lambda: infer(5, Played(1, 2, 1), Played(2, 0, 2))).field == "played[1].start"
+    assert refused(lambda: infer(5, Played(2, 1, 3))).field == "played[0].start"
+    infer(5, Played(1, 2, 1), Played(2, 1, 2))
+    assert refused(lambda: infer(8, Played(2, 3, 3))).field == "played[0].steps"  # beyond the chunk, and not starved
+    assert refused(lambda: infer(8, Played(1, 5, 3), starved=2)).field == "played[0].decision"  # it has been replaced
+    infer(8, Played(2, 3, 3), starved=2)
+    robot.steps, robot.report = 8, {}
+    stored = robot.end(observation)
+    episode = read_episode(serving.log.index.path(row_of(serving, stored.episode)))
+    first, second, third, fourth = episode.decisions
+    assert [(d.step, d.start, len(d.sent)) for d in episode.decisions] == [(0, 0, 3), (2, 1, 5), (5, 0, 0), (8, 0, 0)]
+    assert first.sent[:, 0].tolist() == [2, 2, 5] and second.sent[:, 0].tolist() == [5, 5, 8, 8, 8]
+    assert first.executed == slice(0, 3) and second.executed == slice(1, 4) and first.rules is None
+    assert second.rules is not None and second.rules.tolist() == [0, 0, 0, 64, 64]
+    assert third.executed == slice(0, 0) and fourth.rules is None
+
+
+@pytest.mark.parametrize("prefix", [np.zeros((1, 2), np.float32), np.zeros(2, np.float32)])
+def test_a_policy_that_takes_no_prefix_is_told_none(robot: Any, point: Backend, prefix: Any) -> None:
+    observation = robot.observation(point.spec)
+    assert refused(lambda: robot.infer({**observation, "prefix": prefix})).field == "tensors.prefix"
+    assert robot.welcome.prefix_steps == 0
     robot.infer(observation)
 
 
@@ -407,7 +454,7 @@ def test_an_end_must_account_for_every_step(robot: Any, point: Backend) -> None:
     observation = robot.observation(point.spec)
     assert refused(lambda: robot.end(observation)).field == "decision"
     robot.infer(observation)
-    assert refused(lambda: robot.end(observation)).field == "executed"
+    assert refused(lambda: robot.end(observation)).field == "played"
     robot.executed(3)
     assert refused(lambda: robot.end(observation, steps=4)).field == "steps"
     assert refused(lambda: robot.end(observation, episode="0" * 24)).field == "episode"
@@ -785,7 +832,7 @@ def test_the_counters_add_up(serve: Any, point: Backend) -> None:
     robot.end(robot.observation(point.spec), "success")
     robot.next()
     robot.infer(robot.observation(point.spec))
-    refused(lambda: robot.infer(robot.observation(point.spec)))
+    refused(lambda: robot.infer(robot.observation(point.spec), step=1))
     robot.next()
     now = msgspec.convert(serving.status(), Status)
     assert now.version == serving.live().version and now.previous == ""
@@ -875,8 +922,8 @@ HEADERS: list[Message] = [
     Hello(request=1, protocol=PROTOCOL, client="fuzz"),
     NextEpisode(request=2, session="s"),
     Infer(request=3, session="s", episode="e", step=0),
-    Infer(request=4, session="s", episode="e", step=1, executed=1),
-    EndEpisode(request=5, session="s", episode="e", status="timeout", steps=1, executed=1),
+    Infer(request=4, session="s", episode="e", step=1, played=(Played(1, 0, 1),)),
+    EndEpisode(request=5, session="s", episode="e", status="timeout", steps=1, played=(Played(1, 0, 1),)),
     GetStatus(request=6),
     Announce(request=7, path="\0"),
     Rollback(request=8, version="\0"),
