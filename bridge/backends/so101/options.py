@@ -33,11 +33,11 @@ class SO101Options(Struct, frozen=True, forbid_unknown_fields=True):
     tasks: dict[str, str | tuple[str, ...]] = {}
     """Each task of the arm, and what the policy is told: one text, or several wordings."""
     home: dict[str, float] = {}
-    """Where episodes start, by joint in its unit; joints that are not named start at 0. The emulated arm starts near it,
-    by the seed."""
+    """Where episodes start, by joint in its unit; joints that are not named start at 0. The emulated arm starts near
+    it, by the seed."""
     actions: Kind = "delta"
-    """`delta`: each action moves the joints' goals by at most what `max_speed_deg_s` makes in a period. `absolute`: each
-    is the goals themselves, as in policies of LeRobot; noise to learn from would mostly be cut off by the rate limit."""
+    """`delta`: an action moves the joints' goals by at most what `max_speed_deg_s` makes in a period. `absolute`: it is
+    the goals themselves, as in policies of LeRobot; of noise to learn from the rate limit would leave little."""
     control_hz: Annotated[float, Meta(gt=0, le=200)] = 30.0
     max_speed_deg_s: Annotated[float, Meta(gt=0, le=720)] = 120.0
     """The servos themselves keep this limit, whatever they are told, and the safety stage keeps it too."""
