@@ -47,6 +47,8 @@ class Robot(Point):
     def apply(self, action: Float32) -> Float32:
         if self.raises is not None:
             raise self.raises
+        if not np.isfinite(action).all():
+            raise BackendError("an action is finite numbers")
         self._note("apply")
         np.clip(action, -1, 1, out=action)  # in place, as some do
         return super().apply(action)
