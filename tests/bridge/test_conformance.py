@@ -69,7 +69,7 @@ def log(tmp_path):
         log.end(
             episode,
             EndRecord(status="success", steps=5 * SEEN_EVERY_STEPS, reason="", tensors=last),
-            lambda error: stored.set(),
+            lambda error, stored=stored: stored.set(),
         )
         assert stored.wait(30)
     log.close()
@@ -81,7 +81,7 @@ def options(request, tmp_path):
     """Options under which a shipped backend is checked."""
     drawn = {"name": "side", "device": "drawn", "height": 32, "width": 32}
     shipped = {
-        "point": lambda: {},
+        "point": dict,
         "metaworld": lambda: {"tasks": ["reach-v3"], "cameras": [{"name": "corner", "size_px": 16}]},
         # A plant that stays where it is without an action.
         "gymnasium": lambda: {"id": "Reacher-v5", "cameras": []},
