@@ -77,6 +77,7 @@ def drive(endpoint: str) -> None:
     remote = Remote(RemoteOptions(endpoint, timeout_s=30.0))
     remote.connect()
     remote.reset("reach", 0)
+    print("drives", flush=True)
     for i in range(1_000_000):
         try:
             remote.apply(np.full(2, (-1) ** i * 0.1, np.float32))

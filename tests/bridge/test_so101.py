@@ -345,6 +345,36 @@ def test_a_real_arm_runs_on_and_has_no_expert(plugged, tmp_path):
     backend.close()
 
 
+HOLDER = """
+import sys
+from bridge.backends import make_backend
+from bridge.config import BackendConfig
+arm = make_backend(BackendConfig("so101", {"emulate": True, "port": sys.argv[1], "timeout_ms": 2000.0}))
+arm.connect()
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_told_what_to_do(plugged):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, plugged.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert first.stdout.readline() == "connected\n"
+        second = make(port=plugged.path)
+        refusal = rf"another process holds this arm; stop it first \(`fuser {plugged.path}` tells which\)"
+        with pytest.raises(PortError, match=refusal):
+            second.connect()
+        first.kill()
+        first.wait()
+        second.connect()
+        second.close()
+    finally:
+        first.kill()
+        first.communicate()
+
+
 def test_connect_checks_every_servo(plugged, tmp_path):
     servos = plugged.arm.servos
 
