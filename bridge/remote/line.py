@@ -81,7 +81,7 @@ class Line:
     def cut(self) -> None:
         """Leave the far side without a word; what is asked from now on has no answer."""
         with self._lock, suppress(zmq.ZMQError):
-            self._socket.disconnect(self._socket.getsockopt(zmq.LAST_ENDPOINT))
+            self._socket.disconnect(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def close(self) -> None:
         """Close the socket; idempotent."""

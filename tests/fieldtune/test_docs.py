@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bridge import messages
-from bridge.backends import make_backend
+from bridge.backends import BACKENDS, make_backend
 from fieldtune.cli import COMMANDS, run
 from fieldtune.deployment import load_deployment
 
@@ -50,6 +50,16 @@ def test_readme_names_only_commands_that_exist_and_is_short() -> None:
         assert command in known, command
     for path in re.findall(r"\]\(((?:docs|configs)/[^)#]+)\)", readme):
         assert (ROOT / path).exists(), path
+
+
+def test_every_backend_has_a_section_and_a_configuration() -> None:
+    page = (ROOT / "docs" / "backends.md").read_text()
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| [^|]* \| ([^|]*) \|", page, re.MULTILINE))
+    assert sorted(rows) == sorted(BACKENDS)
+    for backend, cell in rows.items():
+        assert f"\n## {backend}\n" in page
+        configs = re.findall(r"`(\w+)`", cell)
+        assert configs and all(load_deployment(name).backend.name == backend for name in configs)
 
 
 class SdkArm:

@@ -207,7 +207,7 @@ class SO101:
 
     def _tip_after(self, action: Float32) -> Float32:
         """Where the tip is once the joints are at the goals of this action: float32 `[3]`, m."""
-        return arm_points(self._targets.after(action, self._positions))[-1].astype(np.float32)
+        return np.asarray(arm_points(self._targets.after(action, self._positions))[-1], np.float32)
 
     def _unplug_for_test(self) -> None:
         """As if the USB cable had been pulled."""
