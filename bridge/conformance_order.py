@@ -138,7 +138,7 @@ def unplugged(bench: Bench) -> str:
 
 
 def _notices(call: Callable[[], Any], what: str) -> float:
-    """How long until the call raises `BackendError`, s. Raises `Verdict` unless one that begins in `UNPLUGGED_S` does."""
+    """How long until the call raises `BackendError`, s. `Verdict` unless one that begins in `UNPLUGGED_S` does."""
     began_s = time.monotonic()
     while time.monotonic() - began_s < UNPLUGGED_S:
         try:

@@ -15,6 +15,7 @@ from test_backends_lerobot import OPTIONS as LEROBOT
 from bridge.backend import BackendError, Observation, Outcome
 from bridge.backends import BACKENDS, make_backend
 from bridge.backends.point import Point, PointOptions
+from bridge.backends.remote import Remote, RemoteOptions
 from bridge.config import BackendConfig
 from bridge.conformance import RULES, Check, check_backend
 from bridge.conformance_order import CanBeUnplugged
@@ -30,6 +31,7 @@ def far(tmp_path):
     process = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("far_robot.py"), "serve", endpoint, "60"], stdin=subprocess.DEVNULL
     )
+    Remote(RemoteOptions(endpoint, timeout_s=60.0))  # it is there when it has told its spec
     yield endpoint
     process.kill()
     process.wait()

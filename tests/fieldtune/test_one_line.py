@@ -1,4 +1,4 @@
-"""From a simulator to an arm by the `backend:` block alone: the quickstart on the emulated SO-101, as real processes."""
+"""From a simulator to an arm by `backend:` alone: the quickstart on the emulated SO-101, as real processes."""
 
 from __future__ import annotations
 
