@@ -375,11 +375,14 @@ def test_a_chunk_that_is_not_needed_is_not_asked_for_and_one_under_way_is_waited
     assert sum(p.steps for message, _ in [*client.infers, *client.ends] for p in message.played) == end.steps == 3
 
 
+PACED = replace(SPEC, paced=True)
+
+
 @dataclass
 class Robot(FakeBackend):
     """A robot whose ticks are counted; `each` runs in each of them."""
 
-    spec: BackendSpec = replace(SPEC, paced=True)
+    spec: BackendSpec = PACED
     each: Callable[[int], None] = lambda step: None
 
     def apply(self, action: Float32) -> Float32:
