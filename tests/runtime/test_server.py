@@ -31,6 +31,7 @@ from bridge.messages import (
     Message,
     NextEpisode,
     Operate,
+    Played,
     Rollback,
     Serving,
     StatusReply,
