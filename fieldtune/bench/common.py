@@ -29,7 +29,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
-from runtime.spawn import end, spawn
+from runtime.spawn import SPAWN, end, spawn
 from runtime.swap import Live
 
 PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
@@ -186,6 +186,42 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
         yield child.pid, first
     finally:
         end([(child, here)], STOP_S)
+
+
+def together(targets: list[partial[None]], seconds: float) -> list[Any]:
+    """Run processes that say they are ready, wait for a word, and send one result; raises `BenchError`."""
+    children = []
+    try:
+        for target in targets:
+            here, there = SPAWN.Pipe()
+            child = SPAWN.Process(target=_call, args=(there, target), daemon=True)
+            child.start()
+            there.close()
+            children.append((child, here))
+        for _, here in children:
+            _receive(here, START_S)
+        for _, here in children:
+            here.send("go")
+        return [_receive(here, 10 * seconds + START_S) for _, here in children]
+    finally:
+        for child, here in children:
+            here.close()
+            child.join(STOP_S)
+            if child.is_alive():
+                child.kill()
+
+
+def _call(connection: Connection, target: partial[None]) -> None:
+    target(connection)
+
+
+def _receive(here: Connection, timeout_s: float) -> Any:
+    try:
+        if here.poll(timeout_s):
+            return here.recv()
+    except EOFError as error:
+        raise BenchError("a process ended early; its error is above") from error
+    raise BenchError(f"a process was silent for {timeout_s:g} s")
 
 
 def serve(
