@@ -178,3 +178,7 @@ class HasTip(Protocol):
 
 class BackendError(FieldtuneError):
     """The backend cannot do what it was asked; the message says what to do."""
+
+
+class NotSeenError(BackendError):
+    """Nothing was seen at this step, as may be in a recording; there is an observation at a later one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -45,6 +46,16 @@ class RefusedError(FieldtuneError):
         self.refused = refused
 
 
+@dataclass(slots=True)
+class _Posted:
+    """A posted request: what it was, until when it may be answered, and the answer."""
+
+    what: str
+    deadline: float
+    reply: Reply | None = None
+    tensors: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
 class PolicyClient:
     """One conversation with a runtime. Not thread-safe.
 
@@ -59,7 +70,7 @@ class PolicyClient:
         self.keys = keys
         self.dropped = 0
         self._request = 0
-        self._posted: dict[int, Reply | None] = {}
+        self._posted: dict[int, _Posted] = {}
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._connect()
 
@@ -93,8 +104,7 @@ class PolicyClient:
         deadline = time.monotonic() + limit_s
         while True:
             reply, tensors = self._receive(deadline, type(message).__name__)
-            if reply.request in self._posted:
-                self._posted[reply.request] = reply
+            if self._was_posted(reply, tensors):
                 continue
             # A message that could not be read has no id.
             if isinstance(reply, Refused) and reply.request in (0, sent):
@@ -106,26 +116,33 @@ class PolicyClient:
     def post(self, message: Message, arrays: Arrays | None = None) -> int:
         """Send a request and go on; `collect` waits for its reply. Returns the request's id."""
         request = self._send(message, arrays, self.timeout_s)
-        self._posted[request] = None
+        self._posted[request] = _Posted(type(message).__name__, time.monotonic() + self.timeout_s)
         return request
 
-    def collect(self, request: int, kind: type[R]) -> R:
-        """The reply of type `kind` to a posted request, once; raises as `request` does."""
-        deadline = time.monotonic() + self.timeout_s
-        while (posted := self._posted[request]) is None:
-            reply, _ = self._receive(deadline, "a posted request")
-            if reply.request in self._posted:
-                self._posted[reply.request] = reply
-            elif isinstance(reply, Refused):
-                raise RefusedError(reply)
-            else:
-                self.dropped += 1
+    def ready(self, request: int) -> bool:
+        """Whether `collect` would not wait: the reply to a posted request is here, or its deadline has passed."""
+        posted = self._posted[request]
+        while posted.reply is None and self._socket.poll(0):
+            self._take_posted(posted)
+        return posted.reply is not None or time.monotonic() > posted.deadline
+
+    def collect(self, request: int, kind: type[R]) -> tuple[R, dict[str, NDArray[Any]]]:
+        """The reply of type `kind` to a posted request, once; raises as `request` does. The deadline counts from when
+        it was posted.
+        """
+        posted = self._posted[request]
+        while posted.reply is None:
+            self._take_posted(posted)
         del self._posted[request]
-        if isinstance(posted, Refused):
-            raise RefusedError(posted)
-        if not isinstance(posted, kind):
-            raise WireError("kind", f"a request was answered by {type(posted).__name__}, not {kind.__name__}")
-        return posted
+        if isinstance(posted.reply, Refused):
+            raise RefusedError(posted.reply)
+        if not isinstance(posted.reply, kind):
+            raise WireError("kind", f"{posted.what} was answered by {type(posted.reply).__name__}, not {kind.__name__}")
+        return posted.reply, posted.tensors
+
+    def forget(self, request: int) -> None:
+        """Nobody waits for the reply to this posted request any more."""
+        self._posted.pop(request, None)
 
     def close(self) -> None:
         """Close the connection; idempotent."""
@@ -139,6 +156,23 @@ class PolicyClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _take_posted(self, posted: _Posted) -> None:
+        """The next reply, which may be to another request than the one that is waited for."""
+        reply, tensors = self._receive(posted.deadline, posted.what)
+        if self._was_posted(reply, tensors):
+            return
+        if isinstance(reply, Refused):
+            raise RefusedError(reply)
+        self.dropped += 1
+
+    def _was_posted(self, reply: Reply, tensors: dict[str, NDArray[Any]]) -> bool:
+        """Keep a reply for `collect`, if it is to a posted request."""
+        posted = self._posted.get(reply.request)
+        if posted is None:
+            return False
+        posted.reply, posted.tensors = reply, tensors
+        return True
 
     def _receive(self, deadline: float, what: str) -> tuple[Reply, dict[str, NDArray[Any]]]:
         """The next reply, whatever it answers; raises `SilentError` after the deadline."""

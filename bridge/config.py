@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import yaml
@@ -77,14 +77,25 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """This client's directory made by `fieldtune keys`; needed when the runtime has keys."""
     horizon_steps: Count = 200
     """Environment steps after which an episode is cut off; counted as a time-out."""
+    merge: Literal["switch", "blend", "prefix"] | None = None
+    """How a chunk that was asked for while another played takes over from it (docs/control.md). With null the next one
+    is asked for when the last has been played, and the robot waits for it."""
     play_steps: Count | None = None
-    """Actions of a chunk that are played before the next is asked for; all of them if null or more than it has."""
+    """Actions of a chunk, from its observation on, after which the next is asked for. null: all of them, or half of
+    them with `merge`."""
+    delay_steps: Annotated[int, Meta(ge=0)] = 0
+    """With `merge`, for simulators, whose time stands still while the policy thinks: a chunk counts as arrived so many
+    environment steps after it was asked for, drawn anew for each from 0 to this. A robot's delay is what it is."""
     request_timeout_s: Positive = 10.0
     """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
     give_up_after_s: Positive = 60.0
     """How long the bridge looks for a runtime that does not answer before it exits with an error."""
     safety: SafetyConfig = SafetyConfig()
     """see `bridge.safety`"""
+
+    def __post_init__(self) -> None:
+        if self.delay_steps and self.merge is None:
+            raise ValueError("delay_steps needs merge: without it the robot waits for each chunk")
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,7 +1,7 @@
 """The conformance suite: what every backend must do, checked on the backend itself.
 
 `check_backend` runs the rules of `RULES` in order. A rule that a failed one makes meaningless is skipped, so that one
-fault is one failed check. What a robot does when a rule moves it: see docs/backends_check.md.
+fault is one failed check. What a robot does when a rule moves it: see docs/backends.md.
 """
 
 from __future__ import annotations

@@ -10,11 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bridge.backend import Backend, BackendError, BackendSpec, Float32, Observation
+from bridge.backend import Backend, BackendError, BackendSpec, Float32, NotSeenError, Observation
 from bridge.messages import observation_tensors
 
 SMALL = 0.02
 """A small move of a robot, as a share of each element's range."""
+
+SEEN_WITHIN_STEPS = 1000
+"""In so many steps a recording must have seen something."""
 
 
 class Verdict(Exception):  # noqa: N818 (a skipped check is no error)
@@ -65,10 +68,20 @@ class Bench:
         self.ended = False
 
     def observe(self) -> Observation:
-        """In an episode where the backend may be moved; a robot that may not be is looked at as it stands."""
-        if self.may_move and self.ended:
-            self.start()
+        """In an episode where the backend may be moved; a robot that may not be is looked at as it stands.
+
+        A recording, which saw something at some of its steps only, is played on to the next of them.
+        """
         try:
+            for _ in range(SEEN_WITHIN_STEPS):
+                if self.may_move and self.ended:
+                    self.start()
+                try:
+                    return self.backend.observe()
+                except NotSeenError:
+                    if self.spec.paced:  # the time of a robot is no recording's
+                        raise
+                    self.step(self.hold())
             return self.backend.observe()
         except BackendError as error:
             if self.may_move:
@@ -98,14 +111,18 @@ class Bench:
             self.start()
         started_s = time.monotonic()
         sent = self.backend.apply(action)
+        self.note_end()
+        if self.spec.paced:
+            time.sleep(max(0.0, started_s + 1.0 / self.spec.control_hz - time.monotonic()))
+        return sent
+
+    def note_end(self) -> None:
+        """After a step: whether it ended the episode."""
         try:
             self.ended = self.backend.outcome().status != "running"
         # What `outcome` does wrong is found by its own rule.
         except Exception:  # noqa: BLE001
             self.ended = False
-        if self.spec.paced:
-            time.sleep(max(0.0, started_s + 1.0 / self.spec.control_hz - time.monotonic()))
-        return sent
 
 
 def bad_action_vector(action: Any, low: Float32, high: Float32) -> str:

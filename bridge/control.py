@@ -1,57 +1,32 @@
-"""The synchronous control loop: observe, report the last chunk and ask for the next, play it, until the end.
+"""The control loop of one episode: at each tick send what is due, and in time ask for what comes next.
 
-It reaches the backend through `bridge.guard` only, which checks what is sent and can stop it at any time.
+It reaches the backend through `bridge.guard` only, which checks what is sent and can stop it at any time. Without
+`bridge.merge` a chunk is played to its end, then the loop waits for the next. With it the next is asked for while the
+chunk plays, and a tick for which nothing has come sends the hold action.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from bridge.backend import Backend, Float32, Status, UInt8
+from bridge.backend import Backend, Float32, Status
+from bridge.chunks import BLEND_STEPS, Chunks, Plan, StepReport
 from bridge.client import PolicyClient
+from bridge.config import BridgeConfig
 from bridge.guard import Guard
-from bridge.messages import (
-    Assignment,
-    Chunk,
-    EndEpisode,
-    Ending,
-    Infer,
-    WireError,
-    observation_tensors,
-)
-
-
-@dataclass(slots=True)
-class Pacer:
-    """Sleeps to absolute deadlines on a monotonic clock, so that one slow tick does not shift all later ones."""
-
-    period_s: float
-    clock: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
-    overruns: int = 0
-    _next_s: float = field(default=0.0, init=False)
-
-    def start(self) -> None:
-        """The first tick is now."""
-        self._next_s = self.clock()
-
-    def wait(self) -> None:
-        """Sleep to the next tick. A tick that is already past is an overrun, and the schedule starts anew from now."""
-        self._next_s += self.period_s
-        late_s = self.clock() - self._next_s
-        if late_s > 0:
-            self.overruns += 1
-            self._next_s += late_s
-        else:
-            self.sleep(-late_s)
-
+from bridge.messages import Assignment, Chunk, EndEpisode, Ending, Infer, Welcome, WireError, observation_tensors
+from bridge.pacing import Pacer, Ticks
+from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, STARVED
 
 PAUSED_S = 0.02  # between two looks at a paused simulator
+RECENT_DELAYS = 10  # chunks whose delays say for how many steps to commit
 End = Literal["success", "failure", "timeout"]
 ENDINGS: dict[Ending, tuple[End, str]] = {
     # Cut off without a verdict: what is learned from it is what a time-out teaches.
@@ -68,126 +43,242 @@ class EpisodeReport:
     status: Status
     steps: int
     decisions: int
-    infer_wait_s: float
-    overruns: int
+    ticks: Ticks
     versions: tuple[str, ...]
     end_request: int
     """`PolicyClient.collect` gives the answer to this posted request: whether the episode is stored."""
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A request for a chunk that is under way."""
+
+    request: int
+    step: int
+    observed_s: float
+    committed: int
+    """Steps from its observation that what plays now goes on for in any case."""
+    delay_steps: int
+    """On a simulator, steps after which it counts as arrived."""
+    stale: bool = False
+    """The robot was held meanwhile, without that being a step: nobody knows what it is for any more."""
+
+
 def run_episode(
     backend: Backend,
     client: PolicyClient,
-    session: str,
+    welcome: Welcome,
     assignment: Assignment,
     guard: Guard,
     stopped: Callable[[], bool],
-    play_steps: int | None = None,
+    config: BridgeConfig,
 ) -> EpisodeReport | None:
     """Drive one episode to its end; None if `stopped` came first (the runtime then keeps it as aborted).
 
-    Of each chunk the first `play_steps` actions are played (None: all), then the next chunk is asked for.
-    Every action executed is one of a chunk that came for the observation before it, or the guard's in its place;
-    nothing is played from an earlier episode. Raises what `PolicyClient` raises, and `StoppedError`; the backend has
-    been stopped by then.
+    Every action executed is one of a chunk of this episode, at the index that its environment step has from the
+    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` raises, and `StoppedError`; the
+    backend has been stopped by then.
     """
-    spec = backend.spec
-    pacer = Pacer(1.0 / spec.control_hz) if spec.paced else None
-    steps, decisions, infer_wait_s = 0, 0, 0.0
-    last, report = 0, dict[str, Float32 | UInt8]()  # number of the last decision, and what became of it
-    versions: dict[str, None] = {}
-    status: Status = "running"
-    reason = ""
-    try:
-        guard.begin(assignment.episode, lambda: backend.reset(assignment.task, assignment.seed))
-        if pacer:
-            pacer.start()
-        while status == "running":
-            _wait_while_paused(guard, pacer, stopped, may_end=steps > 0)
-            if stopped():
-                guard.rest(stop=True)
-                return None
-            if guard.ending and steps:
-                status, reason = ENDINGS[guard.ending]
-                break
-            observed_s = guard.clock()
-            tensors = {**observation_tensors(guard.observe()), **report}
-            asked_s = time.monotonic()
-            infer = Infer(session=session, episode=assignment.episode, step=steps, executed=last)
-            guard.waiting()
-            chunk, arrays = client.request(infer, Chunk, tensors)
-            guard.heard()
-            infer_wait_s += time.monotonic() - asked_s
-            actions = checked_actions(chunk, arrays, assignment.episode, len(spec.action.names))
-            versions[chunk.version] = None
-            decisions += 1
-            actions = actions[:play_steps][: assignment.horizon_steps - steps]
-            last = chunk.decision
-            report, status = _play(guard, actions, observed_s, pacer)
-            steps += len(report["sent"])
-            if status == "running" and guard.ending:
-                status, reason = ENDINGS[guard.ending]
-            if status == "running" and steps >= assignment.horizon_steps:
-                status = "timeout"
-        final = {**observation_tensors(guard.observe()), **report}
-        end: End = status
-        # Posted: the disk may take its time, the robot goes on.
-        message = EndEpisode(
-            session=session, episode=assignment.episode, status=end, steps=steps, executed=last, reason=reason
-        )
-        end_request = client.post(message, final)
-    except BaseException:
-        guard.rest(stop=True)
-        raise
-    guard.rest(stop=spec.paced)
-    return EpisodeReport(
-        status, steps, decisions, infer_wait_s, pacer.overruns if pacer else 0, tuple(versions), end_request
-    )
+    return _Run(backend, client, welcome, assignment, guard, stopped, config).run()
 
 
-def _play(
-    guard: Guard, actions: Float32, observed_s: float, pacer: Pacer | None
-) -> tuple[dict[str, Float32 | UInt8], Status]:
-    """Execute actions `[h, d]` until they are used up, the episode ends or the guard cuts the chunk; at least one
-    action is sent, the hold action if need be. Returns the tensors that report what was sent, and the status."""
-    sent: list[Float32] = []
-    rewards: list[float] = []
-    status: Status = "running"
-    allowed, rules = guard.check(actions)
-    for i, action in enumerate(allowed):
-        cut = guard.cut(observed_s)
-        if cut and i:
-            break
-        if cut:
-            really, rule = guard.hold(), cut
+class _Run:
+    """The state of one episode."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        client: PolicyClient,
+        welcome: Welcome,
+        assignment: Assignment,
+        guard: Guard,
+        stopped: Callable[[], bool],
+        config: BridgeConfig,
+    ) -> None:
+        self.backend, self.client, self.guard, self.stopped = backend, client, guard, stopped
+        self.welcome, self.assignment = welcome, assignment
+        spec = backend.spec
+        self.ticks = Ticks()
+        self.pacer = Pacer(1.0 / spec.control_hz, self.ticks) if spec.paced else None
+        self.merge = config.merge
+        half = max(1, welcome.horizon // 2)
+        self.play_steps = min(config.play_steps or (half if self.merge else welcome.horizon), welcome.horizon)
+        self.delay_steps = 0 if spec.paced else config.delay_steps
+        self.random = np.random.default_rng([assignment.seed, self.delay_steps])
+        self.delays: deque[int] = deque(maxlen=RECENT_DELAYS)
+        self.chunks = Chunks(guard.check, BLEND_STEPS if self.merge == "blend" else 0)
+        self.report = StepReport()
+        self.asked: _Asked | None = None
+        self.step = 0
+        self.decisions = 0
+        self.still = True  # the robot does not move on: time may be taken to think
+        self.versions: dict[str, None] = {}
+
+    def run(self) -> EpisodeReport | None:
+        guard, assignment = self.guard, self.assignment
+        status: Status = "running"
+        reason = ""
+        try:
+            guard.begin(assignment.episode, lambda: self.backend.reset(assignment.task, assignment.seed))
+            if self.pacer:
+                self.pacer.start()
+            while status == "running":
+                self._wait_while_paused()
+                if self.stopped():
+                    self._give_up()
+                    return None
+                if guard.ending and self.step:
+                    status, reason = ENDINGS[guard.ending]
+                    break
+                self._think()
+                status = self._act()
+                if status == "running" and guard.ending:
+                    status, reason = ENDINGS[guard.ending]
+                if status == "running" and self.step >= assignment.horizon_steps:
+                    status = "timeout"
+            end_request = self._end(status, reason)
+        except BaseException:
+            self._give_up()
+            raise
+        return EpisodeReport(status, self.step, self.decisions, self.ticks, tuple(self.versions), end_request)
+
+    # --- what to do -----------------------------------------------------------------------------------------------
+
+    def _think(self) -> None:
+        """Ask for a chunk if it is time, and take what has come. What is not due after this has to be waited for."""
+        while True:
+            if self.asked is None and self._time_to_ask():
+                self._ask()
+            if self.asked is None or not self._has_come(self.asked):
+                return
+            self._take(self.asked)
+
+    def _time_to_ask(self) -> bool:
+        if self.chunks.due(self.step) is None:
+            return True
+        if self.merge is None or self.chunks.index(self.step) < self.play_steps:
+            return False
+        # What is left of the episode may be covered already.
+        return self.step + len(self.chunks.left(self.step)) < self.assignment.horizon_steps
+
+    def _has_come(self, asked: _Asked) -> bool:
+        """Whether the chunk may be taken: it is here, or the loop may stand still until it is."""
+        if self.merge is None or self.still:
+            return True
+        if self.pacer is None:
+            return self.step - asked.step >= asked.delay_steps
+        return self.client.ready(asked.request)
+
+    def _ask(self) -> None:
+        observed_s = self.guard.clock()
+        tensors = observation_tensors(self.guard.observe())
+        left = self.chunks.left(self.step)
+        delay_steps = 0 if self.still else int(self.random.integers(self.delay_steps + 1))
+        committed = 0
+        if self.merge == "prefix":
+            expected = delay_steps if self.pacer is None else max(self.delays, default=0)
+            committed = min(expected, self.welcome.prefix_steps, len(left))
+        played, report = self.report.take()
+        infer = Infer(session=self.welcome.session, episode=self.assignment.episode, step=self.step, played=played)
+        self.guard.waiting()
+        prefix = {"prefix": left[:committed]} if committed else {}
+        request = self.client.post(infer, {**tensors, **report, **prefix})
+        self.decisions += 1
+        self.asked = _Asked(request, self.step, observed_s, committed, delay_steps)
+
+    def _take(self, asked: _Asked) -> None:
+        """Take a chunk, waiting for it where that is allowed."""
+        started_s = time.monotonic()
+        chunk, arrays = self.client.collect(asked.request, Chunk)
+        self.ticks.wait_s += time.monotonic() - started_s
+        self.asked = None
+        self.guard.heard()
+        actions = checked_actions(chunk, arrays, self.assignment.episode, len(self.backend.spec.action.names))
+        self.versions[chunk.version] = None
+        if asked.stale:
+            return
+        if self.merge is None:
+            actions = actions[: self.play_steps]
+        elif self.pacer:
+            # While the robot stands still no steps are counted; the next request will take about as long.
+            waited = math.ceil((self.guard.clock() - asked.observed_s) / self.pacer.period_s)
+            self.delays.append(waited if self.still else self.step - asked.step)
+        first_step = max(self.step, asked.step + asked.committed)
+        self.chunks.put(Plan(chunk.decision, asked.step, asked.observed_s, first_step, actions))
+
+    def _act(self) -> Status:
+        """Send the action that is due for this environment step, or the hold action."""
+        guard, chunks = self.guard, self.chunks
+        due = chunks.due(self.step)
+        plan = chunks.plan
+        assert plan is not None, "the first chunk is waited for"
+        if due is None:
+            self.ticks.starved += 1
+            sent, rules = guard.hold(), STARVED
         else:
-            really, rule = guard.apply(action)
-        if rule:
-            rules[i] |= rule
-        sent.append(really)
+            action, rules = due
+            cut = guard.cut(plan.observed_s)
+            if cut:
+                chunks.drop()
+                if self.merge is None and chunks.index(self.step):
+                    return "running"  # something of it was played, so the next may be asked for at once
+                if self.asked is not None and self.asked.committed:
+                    self.asked.stale = True  # what it was told to be committed was not played
+                sent, rules = guard.hold(), cut
+            else:
+                sent, rule = guard.apply(action)
+                rules |= rule
+            self.ticks.held += bool(rules & (FIRST_JUMP | CHUNK_AGE | HOLD))
+        self.still = False
         outcome = guard.outcome()
-        rewards.append(outcome.reward)
-        status = outcome.status
-        if pacer:
-            pacer.wait()
-        if cut or status != "running":
-            break
-    report: dict[str, Float32 | UInt8] = {"sent": np.stack(sent), "reward": np.array(rewards, np.float32)}
-    rules = rules[: len(sent)]
-    if rules.any():
-        report["rules"] = rules
-    return report, status
+        self.report.add(plan.decision, chunks.index(self.step), sent, outcome.reward, rules)
+        self.step += 1
+        self.ticks.ticks += 1
+        if self.pacer:
+            self.pacer.wait()
+        return outcome.status
 
+    def _wait_while_paused(self) -> None:
+        """A robot that is paused holds at its control rate; a simulator only waits."""
+        guard = self.guard
+        while guard.paused and not self.stopped() and not (self.step and guard.ending):
+            # Time goes by that is no step, so what was planned is for another place by now.
+            self.chunks.drop()
+            self.still = True
+            if self.asked is not None:
+                self.asked.stale = True
+            if self.pacer:
+                guard.hold()
+                self.pacer.wait()
+            else:
+                guard.check_running()
+                time.sleep(PAUSED_S)
 
-def _wait_while_paused(guard: Guard, pacer: Pacer | None, stopped: Callable[[], bool], *, may_end: bool) -> None:
-    """A robot that is paused holds at its control rate; a simulator only waits."""
-    while guard.paused and not stopped() and not (may_end and guard.ending):
-        if pacer:
-            guard.hold()
-            pacer.wait()
-        else:
-            guard.check_running()
-            time.sleep(PAUSED_S)
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def _end(self, status: End, reason: str) -> int:
+        """Report the end; the id of the request. It is posted: the disk may take its time, the robot goes on."""
+        final = observation_tensors(self.guard.observe())
+        self.guard.rest(stop=self.backend.spec.paced)
+        if self.asked is not None:
+            # The runtime is still at it; what it sends will not be played.
+            self.client.collect(self.asked.request, Chunk)
+            self.asked = None
+        played, report = self.report.take()
+        message = EndEpisode(
+            session=self.welcome.session,
+            episode=self.assignment.episode,
+            status=status,
+            steps=self.step,
+            played=played,
+            reason=reason,
+        )
+        return self.client.post(message, {**final, **report})
+
+    def _give_up(self) -> None:
+        self.guard.rest(stop=True)
+        if self.asked is not None:
+            self.client.forget(self.asked.request)
 
 
 def checked_actions(chunk: Chunk, arrays: dict[str, Float32], episode: str, d: int) -> Float32:

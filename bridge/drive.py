@@ -6,14 +6,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bridge.backend import Backend
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
-from bridge.config import BridgeConfig
+from bridge.config import BridgeConfig, ConfigError
 from bridge.control import EpisodeReport, run_episode
 from bridge.guard import Guard, StoppedError
-from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, WireError
+from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, Welcome, WireError
+from bridge.pacing import Ticks
 from bridge.watch import Watcher
 
 # Refusals after which a new session can go on; anything else would be refused again.
@@ -31,7 +32,7 @@ class DriveSummary:
     steps: int = 0
     dropped_episodes: int = 0
     drive_s: float = 0.0
-    infer_wait_s: float = 0.0
+    ticks: Ticks = field(default_factory=Ticks)
 
 
 def drive(
@@ -55,7 +56,7 @@ def drive(
     guard = guard or Guard(backend, config.safety, warn=warn)
     watcher = Watcher(guard, client.endpoint, client=client.client, keys=client.keys)
     summary = DriveSummary()
-    session = ""
+    welcome: Welcome | None = None
     failures = 0
     unstored: deque[tuple[EpisodeReport, Assignment]] = deque()
 
@@ -73,7 +74,7 @@ def drive(
                 summary.episodes += 1
                 summary.successes += result.status == "success"
                 summary.steps += result.steps
-                summary.infer_wait_s += result.infer_wait_s
+                summary.ticks.add(result.ticks)
                 report(result, assignment)
             unstored.popleft()
 
@@ -86,18 +87,23 @@ def drive(
     watcher.start()
     try:
         while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
-            if not session:
+            if welcome is None:
                 welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
                 if welcome is None:
                     break
-                session = watcher.session = welcome.session
+                if config.merge == "prefix" and not welcome.prefix_steps:
+                    raise ConfigError(
+                        "$.bridge.merge: `prefix` is for a policy that can be told what is committed, and this one "
+                        "cannot; train one with trainer.vla.prefix_steps, or use `switch` or `blend`"
+                    )
+                watcher.session = welcome.session
             driving = False
             try:
                 if guard.stopped or guard.paused:
                     settle(0)
                     time.sleep(LOOK_S)
                     continue
-                answer, _ = client.ask(NextEpisode(session=session))
+                answer, _ = client.ask(NextEpisode(session=welcome.session))
                 if isinstance(answer, NoEpisode):
                     settle(0)
                     if answer.finished:
@@ -107,7 +113,7 @@ def drive(
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
                 driving = True
-                result = run_episode(backend, client, session, answer, guard, stopped, config.play_steps)
+                result = run_episode(backend, client, welcome, answer, guard, stopped, config)
                 driving = False
                 if result is None:
                     break
@@ -129,7 +135,7 @@ def drive(
                 give_up_unstored()
                 summary.dropped_episodes += driving
                 warn(f"{error}; the episode is given up, saying hello again ({failures}/{MAX_FAILURES})")
-                session = ""
+                welcome = None
                 continue
             failures = 0
         try:

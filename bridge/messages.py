@@ -35,7 +35,7 @@ Code = Literal[
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
 RobotState = Literal["idle", "driving", "paused", "holding", "stopped"]
-RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold")
+RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold", "starved")
 """The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
 
 
@@ -54,6 +54,14 @@ class TensorInfo(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+class Played(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A slice of a chunk that was played: `steps` actions of the chunk of `decision`, from index `start` on."""
+
+    decision: int
+    start: int
+    steps: int
 
 
 class Message(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -83,20 +91,24 @@ class NextEpisode(Message, frozen=True, tag="next_episode"):
 class Infer(Message, frozen=True, tag="infer"):
     """Ask for a chunk. Tensors: `image/<camera>` uint8 `[H, W, 3]`, `state` float32 `[n]`, `privileged` float32 `[m]`.
 
-    `step` is the number of environment steps executed in this episode before this observation. `executed` is the number
-    of the decision before this one, 0 if there is none; what became of it is told by two more tensors: `sent` float32
-    `[k, d]`, the actions really sent, and `reward` float32 `[k]`; k may be below the horizon. A third, `rules` uint8
-    `[k]`, comes where the safety stage changed one of them (bits of `RULES`).
+    `step` is the number of environment steps executed in this episode before this observation. `played` tells what they
+    were since the last report, in order; two more tensors come with it: `sent` float32 `[k, d]`, the actions really
+    sent, and `reward` float32 `[k]`, k being the steps of all slices. A third, `rules` uint8 `[k]`, comes where the
+    safety stage changed one of them (bits of `RULES`). Action i of a chunk is for the environment step i after its
+    observation. A slice goes on beyond its chunk only with hold actions (rule `starved`).
+
+    `prefix` float32 `[c, d]` are the actions that will be played, come what may, while this request is answered; the
+    chunk begins with them. Only for a policy that takes them (`Welcome.prefix_steps`).
     """
 
     session: str
     episode: str
     step: int
-    executed: int = 0
+    played: tuple[Played, ...] = ()
 
 
 class EndEpisode(Message, frozen=True, tag="end_episode"):
-    """Close the episode. Reports the last decision as `Infer` does.
+    """Close the episode. Reports the last steps as `Infer` does.
 
     The tensors of the last observation come along: a truncated return bootstraps from it. `reason` is empty, or says
     that the operator ended it.
@@ -106,7 +118,7 @@ class EndEpisode(Message, frozen=True, tag="end_episode"):
     episode: str
     status: Literal["success", "failure", "timeout"]
     steps: int
-    executed: int
+    played: tuple[Played, ...] = ()
     reason: str = ""
 
 
@@ -155,11 +167,12 @@ class Rollback(Message, frozen=True, tag="rollback"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The session is open; chunks are `[horizon, d]`."""
+    """The session is open; chunks are `[horizon, d]`, of which the first `prefix_steps` may be committed already."""
 
     session: str
     version: str
     horizon: int
+    prefix_steps: int = 0
 
 
 class Assignment(Message, frozen=True, tag="assignment"):

@@ -9,6 +9,7 @@ Each rule that changes an action leaves its bit beside it, so the log has what w
     workspace   the tip would leave its box, or go further out of it: the robot holds for that step
     chunk_age   the observation is too old: the robot holds, the chunk is dropped
     hold        paused, or the runtime is silent: the robot holds, the chunk is dropped
+    starved     the chunk has ended and the next has not come: the robot holds
 
 Range, rate and first jump are taken on a whole chunk at once; a simulator pays a few numpy calls for a chunk.
 """
@@ -28,7 +29,7 @@ from bridge.backend import Backend, BackendError, BackendSpec, Float32, HasTip, 
 from bridge.config import ConfigError, SafetyConfig
 from bridge.messages import RULES, WireError
 
-RANGE, RATE, FIRST_JUMP, WORKSPACE, CHUNK_AGE, HOLD = (1 << i for i in range(len(RULES)))
+RANGE, RATE, FIRST_JUMP, WORKSPACE, CHUNK_AGE, HOLD, STARVED = (1 << i for i in range(len(RULES)))
 
 Float64 = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ from runtime.records import RecordError, scan_records, tensor_arrays
 
 __all__ = ["EpisodeError", "read_episode", "read_start"]
 
-HELD = np.uint8(1 << RULES.index("hold"))
-"""The bit of a step in which the robot held."""
+STARVED = np.uint8(1 << RULES.index("starved"))
+"""The bit of a step in which the robot held because no chunk had come in time."""
 
 Arrays = dict[str, NDArray[Any]]
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def _execute(decision: Decision, record: ExecutedRecord) -> None:
     if record.start != due:
         raise WireError("start", f"is {record.start}, expected {due} of a chunk of {h}, {before} of it reported before")
     beyond = max(0, record.start + k - h)
-    if beyond and (rules is None or not (rules[-min(beyond, k) :] & HELD).all()):
+    if beyond and (rules is None or not (rules[-min(beyond, k) :] & STARVED).all()):
         raise WireError("tensors.sent", f"{k} actions from {record.start} on were sent of a chunk of {h}")
     if not before:
         decision.start, decision.sent, decision.reward, decision.rules = record.start, sent, reward, rules

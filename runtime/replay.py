@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from bridge.backend import BackendError, BackendSpec, Float32, Observation, Outcome
+from bridge.backend import BackendError, BackendSpec, Float32, NotSeenError, Observation, Outcome
 from bridge.config import ConfigError, Count
 from runtime.episode import End, Episode, EpisodeStart
 from runtime.index import EpisodeIndex, EpisodeRow
@@ -88,12 +88,12 @@ class Replay:
             raise BackendError(f"{error}; name others in {_OPTIONS}.episodes") from error
 
     def observe(self) -> Observation:
-        """What was logged at this step. Between the decisions of the log nothing is known, and that is an error."""
+        """What was logged at this step. Between the decisions of the log nothing is known: `NotSeenError`."""
         playing = self._running()
         found = playing.observations.get(playing.step)
         if found is None:
             steps = ", ".join(map(str, sorted(playing.observations)))
-            raise BackendError(
+            raise NotSeenError(
                 f"episode {playing.episode.start.episode} has no observation at step {playing.step}, only at {steps}; "
                 "set bridge.play_steps to what the run had, and take a policy that plays as many actions of a chunk"
             )

@@ -9,6 +9,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bridge.backend import instruction_of
 from bridge.messages import (
@@ -19,8 +23,10 @@ from bridge.messages import (
     Infer,
     NextEpisode,
     NoEpisode,
+    WireError,
     check_observation,
 )
+from runtime.bundle import PolicySpec
 from runtime.episode import FORMAT, DecisionRecord, End, EndRecord, EpisodeStart, ExecutedRecord
 from runtime.episodes import EpisodeLog
 from runtime.inference import Decided, InferenceThread, Infers, Pending
@@ -29,6 +35,8 @@ from runtime.router import Router
 from runtime.schedule import Schedule
 from runtime.sessions import Arrays, OpenEpisode, RefusalError, Session, Sessions, take_report
 from runtime.status import Counters, EpisodeBrief
+
+M = TypeVar("M", Infer, EndEpisode)
 
 
 class Rollouts:
@@ -85,14 +93,12 @@ class Rollouts:
         self._router.send(session.identity, assignment)
 
     def infer(self, session: Session, message: Infer, arrays: Arrays) -> None:
-        """Take the report on the last decision and queue the next."""
-        opened = _opened(session)
-        report = take_report(arrays)
-        k = self._check_report(opened, message, report)
-        opened.check_infer(message, k)
+        """Take the report on what was played and queue the next decision."""
+        prefix = {"prefix": arrays.pop("prefix")} if "prefix" in arrays else {}
+        if prefix:
+            _check_prefix(prefix["prefix"], self._live().spec)
+        opened = self._reported(session, message, arrays, OpenEpisode.check_infer)
         assert session.spec is not None
-        check_observation(arrays, session.spec)
-        self._note_report(opened, message.executed, k, report)
         if not opened.started:
             opened.started = True
             self._log.start(
@@ -110,6 +116,7 @@ class Rollouts:
                 )
             )
         opened.decision += 1
+        opened.observed[opened.decision] = message.step
         opened.waiting = True
         self.inference.submit(
             Pending(
@@ -120,21 +127,15 @@ class Rollouts:
                 decision=opened.decision,
                 step=message.step,
                 instruction=opened.instruction,
-                tensors=arrays,
+                tensors={**arrays, **prefix},
                 explore=self._explore,
                 arrived_s=time.monotonic(),
             )
         )
 
     def end_episode(self, session: Session, message: EndEpisode, arrays: Arrays) -> None:
-        """Take the report on the last decision and have the episode stored; that is answered when it is."""
-        opened = _opened(session)
-        report = take_report(arrays)
-        k = self._check_report(opened, message, report)
-        opened.check_end(message, k)
-        assert session.spec is not None
-        check_observation(arrays, session.spec)
-        self._note_report(opened, message.executed, k, report)
+        """Take the report on what was played and have the episode stored; that is answered when it is."""
+        opened = self._reported(session, message, arrays, OpenEpisode.check_end)
         opened.storing = True
 
         def stored(error: str | None) -> None:
@@ -166,19 +167,30 @@ class Rollouts:
             )
             self._log.end(opened.episode, record, lambda _error: None)
 
-    def _check_report(self, opened: OpenEpisode, message: Infer | EndEpisode, report: Arrays) -> int:
-        spec = self._live().spec
-        return opened.check_report(message, report, spec.horizon, len(spec.action.names))
-
-    def _note_report(self, opened: OpenEpisode, decision: int, k: int, report: Arrays) -> None:
-        """Only after the whole request was found good: one that is refused changes nothing."""
-        if not k:
-            return
-        opened.steps += k
-        opened.reported = decision
+    def _reported(
+        self, session: Session, message: M, arrays: Arrays, check: Callable[[OpenEpisode, M, int], None]
+    ) -> OpenEpisode:
+        """Take the report out of a request's tensors, so that its observation is left; log it once all is found good:
+        a request that is refused changes nothing.
+        """
+        opened = session.open
+        if opened is None:
+            raise RefusalError("episode", "episode", "no episode is open in this session; ask for the next one")
+        report, spec = take_report(arrays), self._live().spec
+        k = opened.check_report(message, report, spec.horizon, len(spec.action.names))
+        check(opened, message, k)
+        assert session.spec is not None
+        check_observation(arrays, session.spec)
+        opened.note_report(message, k)
         if "rules" in report:
             opened.count_interventions(report["rules"])
-        self._log.append(opened.episode, ExecutedRecord(decision=decision, tensors=tensor_records(report)))
+        end = 0
+        for slice_ in message.played:
+            rows = slice(end, end := end + slice_.steps)
+            tensors = {name: array[rows] for name, array in report.items() if name != "rules" or array[rows].any()}
+            record = ExecutedRecord(decision=slice_.decision, start=slice_.start, tensors=tensor_records(tensors))
+            self._log.append(opened.episode, record)
+        return opened
 
     # --- what other threads have finished -------------------------------------------------------------------------
 
@@ -198,6 +210,7 @@ class Rollouts:
                 continue
             opened.waiting = False
             if item.error:
+                opened.observed.pop(opened.decision)
                 opened.decision -= 1
                 self._router.refuse(pending.identity, pending.request, "internal", "inference", item.error)
                 continue
@@ -234,7 +247,12 @@ class Rollouts:
         self._counters.add_episode(brief)
 
 
-def _opened(session: Session) -> OpenEpisode:
-    if session.open is None:
-        raise RefusalError("episode", "episode", "no episode is open in this session; ask for the next one")
-    return session.open
+def _check_prefix(prefix: NDArray[Any], spec: PolicySpec) -> None:
+    """Raise `WireError` unless these are committed actions `[c, d]` that the policy can be told."""
+    p, d = spec.prefix_steps, len(spec.action.names)
+    if prefix.dtype != np.float32 or prefix.ndim != 2 or not 0 < len(prefix) <= p or prefix.shape[1] != d:
+        raise WireError(
+            "tensors.prefix", f"is {prefix.dtype}{list(prefix.shape)}, expected float32 [c, {d}] with c of 1 to {p}"
+        )
+    if not np.isfinite(prefix).all():
+        raise WireError("tensors.prefix", "holds a value that is not finite")

@@ -220,7 +220,11 @@ class PolicyServer:
         )
         self._sessions.add(session)
         welcome = Welcome(
-            request=message.request, session=session.session, version=policy.version, horizon=policy.spec.horizon
+            request=message.request,
+            session=session.session,
+            version=policy.version,
+            horizon=policy.spec.horizon,
+            prefix_steps=policy.spec.prefix_steps,
         )
         self._router.send(identity, welcome)
 

@@ -28,7 +28,7 @@ class RefusalError(Exception):
 
 @dataclass(slots=True)
 class OpenEpisode:
-    """An episode in progress. `decision` counts those asked for; `reported` those whose execution is known."""
+    """An episode in progress. `decision` counts the chunks asked for, `steps` the environment steps reported."""
 
     episode: str
     task: str
@@ -36,8 +36,9 @@ class OpenEpisode:
     instruction: str
     horizon_steps: int
     decision: int = 0
-    reported: int = 0
     steps: int = 0
+    observed: dict[int, int] = field(default_factory=dict)
+    """Decision -> environment step of its observation, for those that may still be played."""
     waiting: bool = False
     """A chunk was asked for and not sent yet."""
     started: bool = False
@@ -50,38 +51,57 @@ class OpenEpisode:
     """Steps reported so far that each rule of the safety stage changed."""
 
     def check_report(self, message: Infer | EndEpisode, report: Arrays, horizon: int, d: int) -> int:
-        """k, the number of actions executed of the last decision; 0 if no decision waits for its report.
+        """k, the number of environment steps that the message reports.
 
-        Each decision is reported exactly once, with the request after it: the log cannot disagree with the robot.
+        Each step is reported exactly once, as the action of a chunk at the index that belongs to it: the log cannot
+        disagree with the robot. Raises `RefusalError` and `WireError`.
         """
         if message.episode != self.episode or self.storing:
             raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
         if self.waiting:
             raise RefusalError("episode", "episode", f"decision {self.decision} is still being computed")
-        due = self.decision if self.reported != self.decision else 0
-        if message.executed != due:
-            why = f"decision {due} was not reported" if due else "no decision waits for its report"
-            raise RefusalError("episode", "executed", f"is {message.executed}, but {why}")
-        if not due:
+        k = sum(slice_.steps for slice_ in message.played)
+        if not message.played:
             if report:
-                raise WireError("tensors", f"has {', '.join(report)}, but `executed` is 0")
+                raise WireError("tensors", f"has {', '.join(report)}, but `played` is empty")
             return 0
-        sent, reward = report.get("sent"), report.get("reward")
+        sent, reward, rules = report.get("sent"), report.get("reward"), report.get("rules")
         if sent is None or reward is None:
             raise WireError("tensors", "expected `sent` and `reward`")
-        k = len(sent) if sent.ndim else 0
-        if sent.dtype != np.float32 or sent.shape != (k, d) or not 1 <= k <= horizon:
-            raise WireError("tensors.sent", f"is {sent.dtype}{list(sent.shape)}, expected float32 [1..{horizon}, {d}]")
+        if sent.dtype != np.float32 or sent.shape != (k, d):
+            raise WireError("tensors.sent", f"is {sent.dtype}{list(sent.shape)}, expected float32 [{k}, {d}]")
         if reward.dtype != np.float32 or reward.shape != (k,):
             raise WireError("tensors.reward", f"is {reward.dtype}{list(reward.shape)}, expected float32 [{k}]")
-        rules = report.get("rules")
         if rules is not None and (rules.dtype != np.uint8 or rules.shape != (k,) or (rules >> len(RULES)).any()):
             raise WireError("tensors.rules", f"expected uint8 [{k}] with bits of the {len(RULES)} rules")
         if not (np.isfinite(sent).all() and np.isfinite(reward).all()):
             raise WireError("tensors", "`sent` or `reward` holds a value that is not finite")
         if self.steps + k > self.horizon_steps:
             raise RefusalError("episode", "tensors.sent", f"the episode may have {self.horizon_steps} steps")
+        self._check_played(message, np.zeros(k, np.uint8) if rules is None else rules, horizon)
         return k
+
+    def _check_played(self, message: Infer | EndEpisode, rules: NDArray[np.uint8], horizon: int) -> None:
+        """Raise unless every slice is of a chunk that was sent, in order, and at the index that its time says."""
+        playing, step = min(self.observed, default=0), self.steps
+        for i, (decision, start, steps) in enumerate((p.decision, p.start, p.steps) for p in message.played):
+            where = f"played[{i}]"
+            if decision not in self.observed or decision < playing:
+                raise RefusalError("episode", f"{where}.decision", f"{decision} is not a decision that can be played")
+            due = step - self.observed[decision]
+            if start != due:
+                raise RefusalError("episode", f"{where}.start", f"is {start}, but {due} steps followed its observation")
+            starved = rules[step - self.steps : step - self.steps + steps] >> RULES.index("starved") & 1
+            if steps < 1 or not starved[max(0, horizon - start) :].all():
+                raise WireError(f"{where}.steps", f"is {steps} from {start} on, the chunk has {horizon} actions")
+            playing, step = decision, step + steps
+
+    def note_report(self, message: Infer | EndEpisode, k: int) -> None:
+        """What was checked has happened."""
+        self.steps += k
+        if message.played:
+            playing = message.played[-1].decision
+            self.observed = {decision: step for decision, step in self.observed.items() if decision >= playing}
 
     def count_interventions(self, rules: NDArray[np.uint8]) -> None:
         """Add the steps `[k]` of a report in which the safety stage changed the action."""
@@ -99,6 +119,8 @@ class OpenEpisode:
         """An episode ends with a decision made and every step counted."""
         if not self.decision:
             raise RefusalError("episode", "decision", "no decision was made in this episode")
+        if not self.steps + k:
+            raise RefusalError("episode", "played", "nothing was executed in this episode")
         if message.steps != self.steps + k:
             raise RefusalError("episode", "steps", f"is {message.steps}, but {self.steps + k} steps were reported")
 

@@ -10,7 +10,7 @@ from runtime.policy import Policy
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 
-SAME = ("cameras", "state", "action", "control_hz", "horizon", "tokens")
+SAME = ("cameras", "state", "action", "control_hz", "horizon", "tokens", "prefix_steps")
 
 
 class Live:

@@ -27,6 +27,7 @@ from bridge.messages import (
     Infer,
     NextEpisode,
     NoEpisode,
+    Played,
     StatusReply,
     Welcome,
     observation_tensors,
@@ -225,8 +226,8 @@ class Robot:
         self.steps += k
 
     def _fields(self) -> dict[str, Any]:
-        executed = self.decision if self.report else 0
-        return {"session": self.welcome.session, "episode": self.episode, "executed": executed}
+        played = (Played(self.decision, 0, len(self.report["sent"])),) if self.report else ()
+        return {"session": self.welcome.session, "episode": self.episode, "played": played}
 
     def end(self, arrays: Any, status: Any = "timeout", **changes: Any) -> EpisodeStored:
         """End the episode, and report what was executed of the last chunk."""

@@ -23,9 +23,9 @@ import numpy as np
 from msgspec import Struct
 
 from bridge.backend import Backend, Float32, HasExpert, Observation, instruction_of
-from bridge.control import Pacer
 from bridge.errors import FieldtuneError
 from bridge.messages import observation_tensors
+from bridge.pacing import Pacer
 from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
 from runtime.records import tensor_records
 from runtime.spawn import Spawned, end, spawn

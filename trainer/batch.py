@@ -4,7 +4,8 @@ Rewards are computed here from how the episode ended and how many actions ran: e
 that succeeds earns `success_reward`. With `reward: backend`, an ablation, every step earns what the backend said,
 scaled, in place of the success. Only what was executed counts: a chunk of which k actions ran has a reward over k
 steps, a discount gamma^k, and the log-prob of these actions. A chunk that was asked for while another played begins
-where that one ended; steps in which the robot held because none came in time are steps of the chunk that ran out.
+where that one ended; steps in which the robot held because none came in time (`starved`) are steps of the chunk that
+ran out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bridge.backend import Float32, Observation
 from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from runtime.episode import Decision, Episode
-from runtime.reading import HELD
+from runtime.reading import STARVED
 from trainer.config import PPOConfig
 from trainer.vla import Inputs
 
@@ -214,18 +215,18 @@ def _executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:
                 f"told {spec.prefix_steps}; what it was told is not its own"
             )
         beyond = decision.start + len(decision.sent) - spec.horizon
-        if decision.step + decision.start != step or (beyond > 0 and not _held(decision, beyond)):
+        if decision.step + decision.start != step or (beyond > 0 and not _starved(decision, beyond)):
             raise BatchError(
                 f"{name}: {len(decision.sent)} actions of a decision at step {decision.step} from {decision.start} on, "
-                f"expected the action of step {step} and at most {spec.horizon - decision.start} that are not held"
+                f"expected the action of step {step} and at most {spec.horizon - decision.start} from the chunk"
             )
         step += len(decision.sent)
     return decisions
 
 
-def _held(decision: Decision, steps: int) -> bool:
-    """Whether the robot held in the last `steps` of the decision."""
-    return decision.rules is not None and bool((decision.rules[-steps:] & HELD).all())
+def _starved(decision: Decision, steps: int) -> bool:
+    """Whether the robot held for want of a chunk in the last `steps` of the decision."""
+    return decision.rules is not None and bool((decision.rules[-steps:] & STARVED).all())
 
 
 def _stack(

@@ -16,7 +16,7 @@ from bridge.backend import Backend, HasExpert
 from bridge.backends import make_backend
 from bridge.backends.metaworld_bound import SUCCESS, KinematicBound, kinematic_bound
 from bridge.config import BackendConfig
-from bridge.control import Pacer
+from bridge.pacing import Pacer
 from runtime.durable import write_atomic
 from runtime.episode import End
 from runtime.rundir import RunDir

@@ -171,6 +171,11 @@ class Remote:
         finally:
             self._drop()
 
+    def unplug_for_test(self) -> None:
+        """Cut the connections of the session, as if the network cable had been pulled; nobody is told."""
+        if self._session is not None:
+            self._session.cut()
+
     def _expert_action(self) -> Float32:
         return self._action(*self._call(GetExpert, Action))
 
@@ -296,6 +301,11 @@ class _Session:
         """Fall silent, so that the far side stops the robot."""
         self.lost = self.lost or why
         self._silent.set()
+
+    def cut(self) -> None:
+        """Nothing reaches the far side from now on."""
+        for line in (self.loop, self.stop, self._beats):
+            line.cut()
 
     def close(self) -> None:
         """Fall silent and close the connections; idempotent."""

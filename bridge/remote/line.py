@@ -78,6 +78,11 @@ class Line:
         with self._lock, suppress(zmq.Again):
             self._socket.send_multipart(encode(replace(message, request=self._number())), zmq.NOBLOCK)
 
+    def cut(self) -> None:
+        """Leave the far side without a word; what is asked from now on has no answer."""
+        with self._lock, suppress(zmq.ZMQError):
+            self._socket.disconnect(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
     def close(self) -> None:
         """Close the socket; idempotent."""
         with self._lock:

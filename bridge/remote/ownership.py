@@ -48,8 +48,8 @@ class Ownership:
             raise OwnershipError(
                 "session",
                 "owner",
-                f"the robot is driven by {owner.client!r}, heard {heard:.1f} s ago; it is free when that client "
-                f"leaves or is silent for {self.silence_s:g} s",
+                f"the robot is driven by {owner.client!r}, heard {heard:.1f} s ago; stop that client first: the robot "
+                f"is free when it leaves or is silent for {self.silence_s:g} s",
             )
         self.owner = Owner(session, client, self._clock(), request)
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bridge.backend import all_instructions, instruction_of
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
+from bridge.messages import Played
 from fieldtune.deployment import Deployment
 from runtime.config import ServeConfig
 from runtime.episodes import EpisodeLog
@@ -28,7 +29,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
-from runtime.spawn import end, spawn
+from runtime.spawn import SPAWN, end, spawn
 from runtime.swap import Live
 
 PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
@@ -187,6 +188,42 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
         end([(child, here)], STOP_S)
 
 
+def together(targets: list[partial[None]], seconds: float) -> list[Any]:
+    """Run processes that say they are ready, wait for a word, and send one result; raises `BenchError`."""
+    children = []
+    try:
+        for target in targets:
+            here, there = SPAWN.Pipe()
+            child = SPAWN.Process(target=_call, args=(there, target), daemon=True)
+            child.start()
+            there.close()
+            children.append((child, here))
+        for _, here in children:
+            _receive(here, START_S)
+        for _, here in children:
+            here.send("go")
+        return [_receive(here, 10 * seconds + START_S) for _, here in children]
+    finally:
+        for child, here in children:
+            here.close()
+            child.join(STOP_S)
+            if child.is_alive():
+                child.kill()
+
+
+def _call(connection: Connection, target: partial[None]) -> None:
+    target(connection)
+
+
+def _receive(here: Connection, timeout_s: float) -> Any:
+    try:
+        if here.poll(timeout_s):
+            return here.recv()
+    except EOFError as error:
+        raise BenchError("a process ended early; its error is above") from error
+    raise BenchError(f"a process was silent for {timeout_s:g} s")
+
+
 def serve(
     connection: Connection,
     make_live: Callable[[], LivePolicy],
@@ -265,3 +302,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
             vla.head.bias.add_(0.01)
     registry.set_live(bundles[0].name, why="bench")
     return run, bundles
+
+
+def whole_chunk(decision: int, horizon: int) -> tuple[Played, ...]:
+    """The report that all of a decision's chunk was played; before the first decision (0) nothing was."""
+    return (Played(decision, 0, horizon),) if decision else ()

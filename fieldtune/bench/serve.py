@@ -27,7 +27,7 @@ from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Float32, VectorS
 from bridge.client import PolicyClient
 from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Infer, NextEpisode, encode
 from fieldtune.bench import common
-from fieldtune.bench.common import BenchError, Goal, Result, milliseconds, process
+from fieldtune.bench.common import BenchError, Goal, Result, milliseconds, process, whole_chunk
 from runtime.bundle import FORMAT, PolicySpec
 from runtime.spawn import SPAWN
 
@@ -158,7 +158,10 @@ def _one_client(
     tensors = observation()
     sent = {"sent": np.zeros((HORIZON, len(SPEC.action.names)), np.float32), "reward": np.zeros(HORIZON, np.float32)}
     both = {**tensors, **sent}
-    frames = [bytes(frame) for frame in encode(Infer(session="0" * 32, episode="0" * 24, step=0, executed=1), both)]
+    frames = [
+        bytes(frame)
+        for frame in encode(Infer(session="0" * 32, episode="0" * 24, step=0, played=whole_chunk(1, HORIZON)), both)
+    ]
     times: tuple[list[float], ...] = ([], [], [])
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with ExitStack() as stack:
@@ -175,7 +178,9 @@ def _one_client(
             assignment, _ = client.request(NextEpisode(session=session), Assignment)
             for i in range(DECISIONS):
                 asked_s = time.monotonic()
-                infer = Infer(session=session, episode=assignment.episode, step=i * HORIZON, executed=i)
+                infer = Infer(
+                    session=session, episode=assignment.episode, step=i * HORIZON, played=whole_chunk(i, HORIZON)
+                )
                 client.request(infer, Chunk, both if i else tensors)
                 kept[0].append(time.monotonic() - asked_s)
             end = EndEpisode(
@@ -183,7 +188,7 @@ def _one_client(
                 episode=assignment.episode,
                 status="timeout",
                 steps=DECISIONS * HORIZON,
-                executed=DECISIONS,
+                played=whole_chunk(DECISIONS, HORIZON),
             )
             client.request(end, EpisodeStored, both)
             for socket, side in zip(bare, kept[1:], strict=True):

@@ -20,7 +20,6 @@ import numpy as np
 
 from bridge.backend import BackendSpec
 from bridge.client import PolicyClient
-from bridge.control import Pacer
 from bridge.messages import (
     Announce,
     Assignment,
@@ -32,8 +31,9 @@ from bridge.messages import (
     Serving,
     expected_tensors,
 )
+from bridge.pacing import Pacer
 from fieldtune.bench import common
-from fieldtune.bench.common import BenchError, Goal, Result, live_of, milliseconds, process, untrained_run
+from fieldtune.bench.common import BenchError, Goal, Result, live_of, milliseconds, process, untrained_run, whole_chunk
 from fieldtune.deployment import Deployment
 from runtime.bundle import read_bundle
 from runtime.spawn import SPAWN
@@ -98,7 +98,9 @@ def _ask(
             assignment, _ = client.request(NextEpisode(session=session), Assignment)
             for i in range(DECISIONS):
                 start_s = time.monotonic()
-                infer = Infer(session=session, episode=assignment.episode, step=i * horizon, executed=i)
+                infer = Infer(
+                    session=session, episode=assignment.episode, step=i * horizon, played=whole_chunk(i, horizon)
+                )
                 chunk, _ = client.request(infer, Chunk, both if i else tensors)
                 asked.append((start_s, time.monotonic(), chunk.version))
                 pacer.wait()
@@ -107,7 +109,7 @@ def _ask(
                 episode=assignment.episode,
                 status="timeout",
                 steps=DECISIONS * horizon,
-                executed=DECISIONS,
+                played=whole_chunk(DECISIONS, horizon),
             )
             client.request(end, EpisodeStored, both)
 

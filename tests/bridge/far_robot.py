@@ -47,6 +47,8 @@ class Robot(Point):
     def apply(self, action: Float32) -> Float32:
         if self.raises is not None:
             raise self.raises
+        if not np.isfinite(action).all():
+            raise BackendError("an action is finite numbers")
         self._note("apply")
         np.clip(action, -1, 1, out=action)  # in place, as some do
         return super().apply(action)
@@ -75,6 +77,7 @@ def drive(endpoint: str) -> None:
     remote = Remote(RemoteOptions(endpoint, timeout_s=30.0))
     remote.connect()
     remote.reset("reach", 0)
+    print("drives", flush=True)
     for i in range(1_000_000):
         try:
             remote.apply(np.full(2, (-1) ** i * 0.1, np.float32))

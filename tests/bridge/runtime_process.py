@@ -39,7 +39,7 @@ def main(endpoint: str) -> None:
         arrays, reply = {}, Message()
         match message:
             case Hello():
-                reply = Welcome(request=message.request, session="s", version="v", horizon=4)
+                reply = Welcome(request=message.request, session="s", version="v", horizon=10_000)
             case NextEpisode():
                 reply = Assignment(request=message.request, episode="e", task="reach", seed=0, horizon_steps=1_000_000)
             case Infer():

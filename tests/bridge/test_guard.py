@@ -10,10 +10,10 @@ from guarded import ROBOT, Clock, Robot, f32
 from msgspec.structs import replace
 
 from bridge.backend import Float32
-from bridge.config import SafetyConfig
+from bridge.config import BridgeConfig, SafetyConfig
 from bridge.control import run_episode
 from bridge.guard import Guard, StoppedError
-from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders
+from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders, Welcome
 from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, RATE
 
 ENOUGH_S = 30.0
@@ -267,29 +267,35 @@ class Client:
         self.end: EndEpisode | None = None
         self._infers = 0
 
-    def request(self, message: Infer, kind: type, arrays: Any) -> Any:
-        self._infers += 1
-        self._note(message, arrays)
+    def collect(self, request: int, kind: type) -> Any:
+        assert request == self._infers
         self.at.get(self._infers, lambda: None)()
         start = self._infers * 4 * self.step
         actions = f32(*[[start + i * self.step, 0] for i in range(4)])
-        return Chunk(episode=message.episode, decision=self._infers, version="v"), {"actions": actions}
+        return Chunk(episode="e1", decision=self._infers, version="v"), {"actions": actions}
 
-    def post(self, message: EndEpisode, arrays: Any) -> int:
-        self.end = message
+    def post(self, message: Infer | EndEpisode, arrays: Any) -> int:
         self._note(message, arrays)
-        return 1
+        if isinstance(message, EndEpisode):
+            self.end = message
+        else:
+            self._infers += 1
+        return self._infers
+
+    def forget(self, request: int) -> None:
+        assert request == self._infers
 
     def _note(self, message: Any, arrays: Any) -> None:
-        if message.executed:
+        if message.played:
             self.reports.append({name: arrays[name].tolist() for name in ("sent", "reward", "rules") if name in arrays})
 
 
 def drive(g: Guarded, client: Client, horizon_steps: int = 12) -> Any:
     task = Assignment(episode="e1", task="t", seed=0, horizon_steps=horizon_steps)
-    return run_episode(g.robot, client, "s", task, g.guard, lambda: False)  # type: ignore[arg-type]
+    return run_episode(g.robot, client, WELCOME, task, g.guard, lambda: False, BridgeConfig())  # type: ignore[arg-type]
 
 
+WELCOME = Welcome(session="s", version="v", horizon=4)
 FAST = replace(ROBOT, control_hz=1000.0, max_rate=(1000.0, 1000.0))
 
 

@@ -30,6 +30,7 @@ from bridge.messages import (
     Operate,
     Operated,
     Orders,
+    Played,
     Refused,
     Reply,
     Request,
@@ -63,8 +64,10 @@ REQUESTS: list[Request] = [
     Hello(request=2, protocol=1, client="tool"),
     NextEpisode(request=3, session="s"),
     Infer(request=4, session="s", episode="e", step=0),
-    Infer(request=5, session="s", episode="e", step=8, executed=1),
-    EndEpisode(request=6, session="s", episode="e", status="timeout", steps=200, executed=2),
+    Infer(request=5, session="s", episode="e", step=8, played=(Played(1, 0, 8),)),
+    EndEpisode(
+        request=6, session="s", episode="e", status="timeout", steps=200, played=(Played(1, 3, 1), Played(2, 0, 4))
+    ),
     GetStatus(request=7),
     Announce(request=8, path="/some/where"),
     Rollback(request=9, version="abcd"),

@@ -132,7 +132,11 @@ class Cable:
 
 def program(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, PROGRAM, *arguments], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, PROGRAM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -242,6 +246,25 @@ def test_a_second_client_is_refused_by_the_name_of_the_first_until_that_one_leav
     first.close()
     second.connect()
     second.reset("reach", 0)
+
+
+def test_a_second_process_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/far/backend.sock"
+    far, first = program("serve", endpoint, "2"), program("drive", endpoint)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "drives\n"
+        second = Remote(RemoteOptions(endpoint, timeout_s=ENOUGH_S))
+        with pytest.raises(BackendError, match=rf"driven by '.*-{first.pid}'.*; stop that client first"):
+            second.connect()
+        assert first.poll() is None, "the first goes on"
+        first.kill()
+        second.connect()
+        second.reset("reach", 0)
+        second.close()
+    finally:
+        for process in (first, far):
+            process.kill()
+            process.communicate()
 
 
 def test_the_owner_stays_it_while_it_makes_no_call(start: Start) -> None:

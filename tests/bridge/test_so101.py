@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from bridge.backend import Backend, BackendError, HasExpert
+from bridge.backend import Backend, BackendError, HasExpert, HasTip
 from bridge.backends import make_backend
-from bridge.backends.so101 import cameras
+from bridge.backends.so101 import cameras, scene
 from bridge.backends.so101 import registers as r
 from bridge.backends.so101.arm import SO101, SO101Options
 from bridge.backends.so101.bus import BusError
@@ -24,12 +24,20 @@ from bridge.backends.so101.cameras import ArmCamera, OpenCVCamera
 from bridge.backends.so101.emulator import EmulatedPort, emulated_arm
 from bridge.backends.so101.port import PortError, SerialPort
 from bridge.backends.so101.servos import ServoFaultError
-from bridge.config import BackendConfig, ConfigError
+from bridge.config import BackendConfig, ConfigError, SafetyConfig
+from bridge.guard import Guard
 from bridge.messages import check_observation, observation_tensors
+from bridge.safety import WORKSPACE
 from fieldtune.deployment import load_deployment
 
 # Emulated servos start in the middle of their ranges, so this way home is short.
-QUICK = {"emulate": True, "timeout_ms": 2000.0, "home": {"gripper": 50.0}, "home_speed_deg_s": 180.0}
+QUICK = {
+    "emulate": True,
+    "timeout_ms": 2000.0,
+    "home": {"gripper": 50.0},
+    "home_speed_deg_s": 180.0,
+    "actions": "absolute",
+}
 SIDE = ({"name": "side", "device": "drawn", "height": 32, "width": 48},)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,9 +47,22 @@ def make(**options) -> SO101:
 
 
 @pytest.fixture
-def arm():
+def arm(monkeypatch):
+    """Episodes start at home exactly."""
+    monkeypatch.setattr(scene, "START_SPREAD", 0.0)
     backend = make(cameras=SIDE)
     backend.connect()
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """One whose actions are steps of the goals: at most 4 degrees, or 3.25 percent of the gripper."""
+    monkeypatch.setattr(scene, "START_SPREAD", 0.0)
+    backend = make(actions="delta")
+    backend.connect()
+    backend.reset("reach", 0)
     yield backend
     backend.close()
 
@@ -62,6 +83,13 @@ def test_the_spec_needs_no_arm_and_names_units_and_limits():
     assert spec.state.units == ("deg",) * 5 + ("percent",)
     assert spec.action.low[1] == pytest.approx(-90, abs=0.1) and spec.action.high[5] == 100
     assert spec.paced and spec.control_hz == 30 and list(spec.instructions) == ["reach"]
+    # 120 degrees a second; the gripper's 100 percent are 1400 ticks.
+    rate = [120.0] * 5 + [120 * 4096 / 360 / 14]
+    assert spec.action.kind == "absolute" and spec.max_rate == pytest.approx(rate)
+    step = make(actions="delta").spec
+    assert step.action.kind == "delta" and step.max_rate is None
+    assert step.action.high == pytest.approx([each / 30 for each in rate])
+    assert step.action.low == tuple(-each for each in step.action.high)
 
 
 def test_an_episode_of_the_expert_through_the_pty(arm):
@@ -75,9 +103,9 @@ def test_an_episode_of_the_expert_through_the_pty(arm):
             break
         time.sleep(1 / 30)
     assert arm.outcome().status == "success"
-    assert arm.outcome().reward > -0.03
+    assert arm.outcome().reward > -scene.TOLERANCE_M
     privileged = arm.observe().privileged
-    assert np.linalg.norm(privileged[:3] - privileged[3:]) < 0.06
+    assert np.linalg.norm(privileged[:3] - privileged[3:]) < 0.07
     assert arm.counts.timeouts == arm.counts.checksum_errors == 0
 
 
@@ -92,6 +120,78 @@ def test_limits_are_kept_and_what_was_sent_is_returned(arm):
     for bad in (np.zeros(5, np.float32), np.full(6, np.nan, np.float32)):
         with pytest.raises(BackendError, match="6 finite numbers"):
             arm.apply(bad)
+
+
+def test_steps_add_up_and_end_at_the_limits(stepped):
+    step = np.array([1.0, 0.01, 0, 0, 0, 0], np.float32)
+    for _ in range(9):
+        assert stepped.apply(step) == pytest.approx(step, abs=1e-5)
+    # 0.09 degrees are one tick: less than half of it in each step is not lost.
+    assert servo(stepped, 1).get(r.GOAL_POSITION) == 2048 + round(9 * r.TICKS_PER_DEG)
+    assert servo(stepped, 2).get(r.GOAL_POSITION) == 2048 + 1
+    assert stepped.apply(np.full(6, 50, np.float32)).tolist() == pytest.approx(stepped.spec.action.high)
+    for _ in range(20):
+        servo(stepped, 6).position_ticks = 3390.0
+        sent = stepped.apply(np.array([0, 0, 0, 0, 0, 9], np.float32))
+    assert servo(stepped, 6).get(r.GOAL_POSITION) == 3400 and sent.tolist() == [0] * 6
+
+
+def test_a_goal_does_not_run_away_from_a_joint_that_is_blocked(stepped):
+    servo(stepped, 1).set(r.GOAL_SPEED, 1)
+    servo(stepped, 1).advance = lambda elapsed_s: None
+    for _ in range(30):
+        sent = stepped.apply(np.array([4, 0, 0, 0, 0, 0], np.float32))
+    # 0.3 s at 120 degrees a second, and what counts as arrived.
+    assert servo(stepped, 1).get(r.GOAL_POSITION) == 2048 + round((0.3 * 120 + 4) * r.TICKS_PER_DEG)
+    assert sent[0] == 0
+    # Held, it comes back to the joint as fast as an action may, and stays.
+    for _ in range(12):
+        stepped.apply(stepped.hold_action())
+    assert abs(servo(stepped, 1).get(r.GOAL_POSITION) - 2048) <= 4 * r.TICKS_PER_DEG + 1
+    assert stepped.hold_action().tolist() == [0] * 6
+
+
+@pytest.mark.parametrize("actions", ["absolute", "delta"])
+def test_the_guard_changes_nothing_of_what_the_expert_does(actions):
+    backend = make(actions=actions)
+    guard = Guard(backend, SafetyConfig(), warn=lambda text: None)
+    backend.connect()
+    guard.begin("e", lambda: backend.reset("reach", 0))
+    for _ in range(15):
+        (action,), (rules,) = guard.check(backend.expert_action()[None])
+        sent, rule = guard.apply(action)
+        assert rules == rule == 0
+        assert sent == pytest.approx(action, abs=0.05)
+    guard.rest(stop=True)
+    backend.close()
+
+
+@pytest.mark.parametrize("actions", ["absolute", "delta"])
+def test_the_guard_keeps_the_tip_in_its_box(actions, monkeypatch):
+    monkeypatch.setattr(scene, "START_SPREAD", 0.0)
+    backend = make(actions=actions, home={"gripper": 50.0})
+    low, high = (-1.0, -1.0, 0.2), (1.0, 1.0, 1.0)
+    box = SafetyConfig(workspace_low=low, workspace_high=high)
+    guard = Guard(backend, box, warn=lambda text: None)
+    backend.connect()
+    guard.begin("e", lambda: backend.reset("reach", 0))
+    rules, heights = set(), []
+    for i in range(20):
+        bent = 4.0 * (1 if actions == "delta" else i + 1)
+        (action,), _ = guard.check(np.array([[0, bent, 0, 0, 0, 0]], np.float32))
+        _, rule = guard.apply(action)
+        rules.add(rule)
+        heights.append(float(backend.tip_after(backend.hold_action())[2]))
+    assert WORKSPACE in rules and 0.2 <= min(heights) < 0.22, (rules, heights)
+    guard.rest(stop=True)
+    backend.close()
+
+
+def test_a_real_arm_does_not_know_where_its_tip_is(plugged, tmp_path):
+    backend = SO101(real_options(plugged.path, tmp_path))
+    assert isinstance(make(), HasTip) and not isinstance(backend, HasTip)
+    with pytest.raises(ConfigError, match="so101 cannot say where its tip is"):
+        Guard(backend, SafetyConfig(workspace_low=(0, 0, 0), workspace_high=(1, 1, 1)), warn=print)
 
 
 def test_torque_comes_on_without_a_jump(arm):
@@ -258,6 +358,36 @@ def test_a_real_arm_runs_on_and_has_no_expert(plugged, tmp_path):
     with pytest.raises(PortError, match="another process holds this arm"):
         SerialPort(plugged.path, 1_000_000)
     backend.close()
+
+
+HOLDER = """
+import sys
+from bridge.backends import make_backend
+from bridge.config import BackendConfig
+arm = make_backend(BackendConfig("so101", {"emulate": True, "port": sys.argv[1], "timeout_ms": 2000.0}))
+arm.connect()
+print("connected", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_told_what_to_do(plugged):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, plugged.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert first.stdout.readline() == "connected\n"
+        second = make(port=plugged.path)
+        refusal = rf"another process holds this arm; stop it first \(`fuser {plugged.path}` tells which\)"
+        with pytest.raises(PortError, match=refusal):
+            second.connect()
+        first.kill()
+        first.wait()
+        second.connect()
+        second.close()
+    finally:
+        first.kill()
+        first.communicate()
 
 
 def test_connect_checks_every_servo(plugged, tmp_path):

@@ -12,8 +12,18 @@ from bridge.backends.so101 import registers as r
 from bridge.backends.so101.calibration import Calibration, so101_joints
 from bridge.backends.so101.emulator import LAG_S, TOP_SPEED_TICKS_S, EmulatedServo, emulated_arm
 from bridge.backends.so101.packets import Packet
-from bridge.backends.so101.scene import JOINTS, LINKS_M, SHOULDER_M, TOLERANCE_M, Reach, arm_points
+from bridge.backends.so101.scene import (
+    JOINTS,
+    LINKS_M,
+    SHOULDER_M,
+    START_SPREAD,
+    TOLERANCE_M,
+    Reach,
+    arm_points,
+)
 from bridge.config import ConfigError
+
+CALIBRATION = Calibration(so101_joints(), "test")
 
 
 def arm():
@@ -134,25 +144,30 @@ def test_where_the_tip_is():
 
 def test_targets_can_be_reached_are_away_from_home_and_depend_on_the_seed_alone():
     home = at(shoulder_lift=-30)
-    reach, targets = Reach(home), []
+    reach, targets = Reach(home, CALIBRATION), []
+    starts = []
     for seed in range(200):
         reach.reset(seed)
         targets.append(reach.target)
         assert reach.distance_m(home) >= 0.1
         assert not reach.reached(home)
         assert reach.target[2] >= 0.03
-        positions = home
-        for _ in range(40):
-            positions = reach.expert_action(positions)
-        assert reach.distance_m(positions) < 1e-5
+        assert reach.distance_m(reach.start) > TOLERANCE_M
+        assert np.abs(reach.start - home)[:5].max() <= START_SPREAD
+        assert (reach.start >= CALIBRATION.low).all()
+        starts.append(reach.start)
+        goals = reach.start.astype(np.float64)
+        for _ in range(45):
+            goals = reach.expert_goal(goals)
+        assert reach.distance_m(goals) < 1e-5
     reach.reset(7)
-    assert np.array_equal(reach.target, targets[7])
+    assert np.array_equal(reach.target, targets[7]) and np.array_equal(reach.start, starts[7])
     assert len({tuple(target) for target in targets}) == 200
 
 
 def test_the_picture_shows_target_and_arm():
     home = at(shoulder_lift=-30)
-    reach = Reach(home)
+    reach = Reach(home, CALIBRATION)
     reach.reset(0)
     picture = reach.draw(home, 64, 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8

@@ -20,6 +20,7 @@ from bridge.messages import (
     Operate,
     Operated,
     Orders,
+    Played,
     RobotState,
     Watch,
     decode_reply,
@@ -141,7 +142,7 @@ def test_a_robot_that_waits_for_a_chunk_while_it_is_stopped_gets_an_answer(
     s.robot.executed()
     policy.gate.clear()
     policy.waiting.clear()
-    infer = Infer(session=s.robot.welcome.session, episode=s.robot.episode, step=1, executed=1)
+    infer = Infer(session=s.robot.welcome.session, episode=s.robot.episode, step=1, played=(Played(1, 0, 1),))
     request = s.robot.client.post(infer, {**s.robot.observation(s.spec), **s.robot.report})
     assert policy.waiting.wait(ENOUGH_S)
     s.operate("stop")
@@ -224,7 +225,7 @@ def test_what_the_safety_stage_changed_is_in_the_log_and_in_the_status(scene: Ca
 
 @pytest.mark.parametrize(
     "rules",
-    [np.zeros(2, np.uint8), np.zeros((1, 1), np.uint8), np.zeros(1, np.int8), np.array([64], np.uint8)],
+    [np.zeros(2, np.uint8), np.zeros((1, 1), np.uint8), np.zeros(1, np.int8), np.array([128], np.uint8)],
 )
 def test_rules_that_do_not_fit_are_refused(scene: Callable[..., Scene], rules: Any) -> None:
     s = scene()

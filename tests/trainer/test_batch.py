@@ -86,7 +86,7 @@ def test_a_chunk_that_never_ran_is_no_decision() -> None:
     assert made.reward[1] == 3.5
 
 
-HOLD = np.uint8(1 << RULES.index("hold"))
+STARVED = np.uint8(1 << RULES.index("starved"))
 
 
 def overlapping() -> Episode:
@@ -94,7 +94,7 @@ def overlapping() -> Episode:
     after it the robot held for a step. The third was asked for at step 5, told two actions, and began 2 late."""
     one = episode([4, 3, 1], "success")
     first, second, third = one.decisions
-    second.step, second.start, second.rules = 2, 2, np.array([0, 0, HOLD], np.uint8)
+    second.step, second.start, second.rules = 2, 2, np.array([0, 0, STARVED], np.uint8)
     third.step, third.start, third.prefix = 5, 2, second.sent[1:]
     for decision in one.decisions:
         decision.first_log_prob = np.array([10, 20, 30, 40], np.float32)
@@ -128,7 +128,7 @@ def test_chunks_that_were_asked_for_while_others_played_count_by_their_slices() 
 def test_a_chunk_that_came_when_it_was_over_has_its_steps_and_no_action() -> None:
     one = episode([4, 2, 2])
     second = one.decisions[1]
-    second.step, second.start, second.rules = 0, 4, np.full(2, HOLD)
+    second.step, second.start, second.rules = 0, 4, np.full(2, STARVED)
     made = batch_of(one)
     assert made.executed.sum(dim=1).tolist() == [4, 0, 2]
     assert made.log_prob[1] == 0 and made.discount[1] == 0.25
@@ -139,7 +139,7 @@ def _starts(decision: Decision) -> None:
 
 
 def _not_held(decision: Decision) -> None:
-    decision.rules = np.array([0, HOLD, 0], np.uint8)
+    decision.rules = np.array([0, STARVED, 0], np.uint8)
 
 
 def _no_rules(decision: Decision) -> None:
@@ -154,8 +154,8 @@ def _told_more_than_it_waited(decision: Decision) -> None:
     ("damage", "prefix_steps", "message"),
     [
         (_starts, 2, "from 1 on, expected the action of step 4"),
-        (_not_held, 2, "at most 2 that are not held"),
-        (_no_rules, 2, "at most 2 that are not held"),
+        (_not_held, 2, "at most 2 from the chunk"),
+        (_no_rules, 2, "at most 2 from the chunk"),
         (_told_more_than_it_waited, 3, "told 3 actions and executed from 2 on"),
         (lambda _: None, 1, "told 2 actions .* can be told 1"),
     ],

@@ -31,7 +31,7 @@ from trainer.vla import log_prob
 H, P, STEPS, GOAL, SIGMA = 5, 2, 12, 6.0, 0.3
 THETA, PHI = (0.1, -0.1, 0.4, 0.2, 0.3), 0.3
 EPISODES = 1500
-HOLD = np.uint8(1 << RULES.index("hold"))
+HELD = np.uint8(1 << RULES.index("starved"))
 POLICY = replace(
     policy_spec(H),
     cameras=(),
@@ -103,7 +103,7 @@ def played(plans: Sequence[Plan], rho: float, theta: Sequence[float], rng: np.ra
             log_prob=None,
             sent=acted.astype(np.float32)[:, None],
             reward=((at[:-1] - GOAL) ** 2 - (at[1:] - GOAL) ** 2).astype(np.float32),
-            rules=np.array([0] * len(chosen) + [HOLD] * (plan.k - len(chosen)), np.uint8),
+            rules=np.array([0] * len(chosen) + [HELD] * (plan.k - len(chosen)), np.uint8),
             start=plan.start,
             prefix=prefix if plan.told else None,
         )

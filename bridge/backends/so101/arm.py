@@ -10,7 +10,6 @@ from contextlib import suppress
 import numpy as np
 
 from bridge.backend import (
-    ActionSpec,
     BackendError,
     BackendSpec,
     CameraSpec,
@@ -30,9 +29,8 @@ from bridge.backends.so101.port import SerialPort
 from bridge.backends.so101.registers import TICKS_PER_DEG
 from bridge.backends.so101.scene import Reach, arm_points
 from bridge.backends.so101.servos import Servos
+from bridge.backends.so101.targets import ARRIVED, Targets
 
-ARRIVED = 4.0
-"""Degrees or percent from its goal at which a joint counts as arrived; gravity bends an arm by a few."""
 SETTLE_S = 2.0
 """How long joints have to arrive once they have been told."""
 
@@ -40,8 +38,9 @@ _TIP = ("tip_x", "tip_y", "tip_z", "target_x", "target_y", "target_z")
 
 
 class SO101:
-    """Joint positions are the state and the actions: degrees, and percent for the gripper where its calibration says
-    so. Every tick sends the goals of all servos at once and reads all of them at once.
+    """Joint positions are the state; actions are goals of the joints or steps of the goals (`Targets`): degrees, and
+    percent for the gripper where its calibration says so. Every tick sends the goals of all servos at once and reads
+    all of them at once.
 
     A real arm's outcome is always `running`: success is the operator's to say. The emulated arm knows its task.
     """
@@ -51,21 +50,25 @@ class SO101:
         self._options = options
         self._calibration = calibration_of(options)
         self._home = home_of(options, self._calibration)
-        self._reach = Reach(self._home) if options.emulate else None
+        self._targets = Targets(self._calibration, options.actions, options.max_speed_deg_s, options.control_hz)
+        self._reach = Reach(self._home, self._calibration) if options.emulate else None
         if self._reach is not None:
-            # Of the object and not of the class: whoever asks whether a real arm has an expert must be told no.
+            # Of the object and not of the class: whoever asks whether a real arm has them must be told no.
             self.expert_action = self._expert_action
-        self._spec = _spec(options, self._calibration)
+            self.tip_after = self._tip_after
+            if options.port is None:
+                self.unplug_for_test = self._unplug_for_test
+        self._spec = _spec(options, self._calibration, self._targets)
         self._emulated: EmulatedPort | None = None
         self._servos: Servos | None = None
         self._cameras: dict[str, OpenCVCamera] = {}
         self._halted = threading.Event()
         self._halted.set()
-        self._positions = self._goal = self._home
+        self._positions = self._home
 
     @property
     def spec(self) -> BackendSpec:
-        """Limits are those of the calibration."""
+        """Limits are those of the calibration and of `max_speed_deg_s`."""
         return self._spec
 
     @property
@@ -95,7 +98,8 @@ class SO101:
             bus = Bus(port, names, timeout_s=options.timeout_ms / 1000, retries=options.retries)
             self._servos = Servos(bus, self._calibration, round(options.max_speed_deg_s * TICKS_PER_DEG))
             self._servos.check()
-            self._positions = self._goal = self._servos.positions()
+            self._positions = self._servos.positions()
+            self._targets.sent(self._positions.astype(np.float64))
             if not options.emulate:
                 for camera in options.cameras:
                     self._cameras[camera.name] = OpenCVCamera(camera)
@@ -106,7 +110,7 @@ class SO101:
     def reset(self, task: str, seed: int) -> None:
         """Torque on, and slowly to `home`. Raises `BackendError` if a joint does not get there or `stop` comes first.
 
-        For the emulated arm the seed (0 or more) places the target.
+        For the emulated arm the seed (0 or more) places the target, and the start near `home`.
         """
         servos = self._connected()
         if task not in self._spec.instructions:
@@ -115,10 +119,12 @@ class SO101:
         if seed < 0:
             raise BackendError(f"seed {seed} is negative; seeds are 0 or more")
         self._halted.clear()
-        self._positions = self._goal = servos.enable()
-        self._move_home(servos)
+        self._positions = servos.enable()
+        start = self._home
         if self._reach is not None:
             self._reach.reset(seed)
+            start = self._reach.start
+        self._move(servos, start)
 
     def observe(self) -> Observation:
         """Read the joints and the cameras now."""
@@ -133,8 +139,9 @@ class SO101:
         return Observation(images, self._positions.copy(), privileged)
 
     def apply(self, action: Float32) -> Float32:
-        """Send joint targets `[joints]`, clipped to the limits, and read the joints. Returns the targets as sent, to
-        the servos' resolution of 0.09 degrees. Raises `BackendError` after `stop`, and for a servo that fails.
+        """Send the goals of an action `[joints]`, clipped to the limits, and read the joints. Returns the action that
+        was sent; absolute goals are rounded to the servos' 0.09 degrees. Raises `BackendError` after `stop`, and for a
+        servo that fails.
         """
         servos = self._connected()
         size = len(self._calibration.names)
@@ -142,13 +149,13 @@ class SO101:
             raise BackendError(f"an action of so101 is {size} finite numbers, not {action!r}")
         if self._halted.is_set():
             raise BackendError("so101 is stopped; call reset() before apply()")
-        sent = self._calibration.positions(self._calibration.ticks(action))
-        servos.goals(sent)
+        goal = self._targets.after(action, self._positions)
+        servos.goals(goal)
         if self._halted.is_set():
             # A stop came from another thread in between; its hold may have gone out before these goals.
             self.stop()
             raise BackendError("so101 was stopped")
-        self._goal = sent
+        sent = self._targets.sent(goal)
         self._positions = servos.positions()
         return sent
 
@@ -161,12 +168,8 @@ class SO101:
         return Outcome("success" if reached else "running", -self._reach.distance_m(self._positions))
 
     def hold_action(self) -> Float32:
-        """Where the joints were last seen; a joint that is at its goal keeps the goal, so that it does not sink by
-        being told again and again where its load has bent it to.
-        """
-        near = np.abs(self._goal - self._positions) <= ARRIVED
-        held = np.where(near, self._goal, self._positions)
-        return np.clip(held, self._calibration.low, self._calibration.high).astype(np.float32)
+        """Where the joints were last seen; see `Targets.hold`."""
+        return self._targets.hold(self._positions)
 
     def stop(self) -> None:
         """As `on_stop` says; from any thread. A port that is gone is no error here: the next call of any other method
@@ -197,56 +200,59 @@ class SO101:
             self._emulated = None
 
     def _expert_action(self) -> Float32:
-        """Towards the target, from where the joints are now."""
+        """Towards the target, from where the joints were told to be."""
         assert self._reach is not None
-        self._positions = self._connected().positions()
-        action = self._reach.expert_action(self._positions)
-        return np.clip(action, self._calibration.low, self._calibration.high)
+        self._connected()
+        return self._targets.towards(self._reach.expert_goal(self._targets.goal))
+
+    def _tip_after(self, action: Float32) -> Float32:
+        """Where the tip is once the joints are at the goals of this action: float32 `[3]`, m."""
+        return np.asarray(arm_points(self._targets.after(action, self._positions))[-1], np.float32)
+
+    def _unplug_for_test(self) -> None:
+        """As if the USB cable had been pulled."""
+        if self._emulated is not None:
+            self._emulated.close()
 
     def _connected(self) -> Servos:
         if self._servos is None:
             raise BackendError("so101 is not connected; call connect() first")
         return self._servos
 
-    def _move_home(self, servos: Servos) -> None:
+    def _move(self, servos: Servos, home: Float32) -> None:
         """All joints arrive together, the one with the longest way at `home_speed_deg_s`."""
         start, period_s = self._positions, 1.0 / self._options.control_hz
-        longest = float(np.abs(self._home - start).max())
+        longest = float(np.abs(home - start).max())
         steps = max(1, math.ceil(longest / (self._options.home_speed_deg_s * period_s)))
         settle = math.ceil(SETTLE_S / period_s)
         for step in range(1, steps + settle):
             if self._halted.is_set():
                 self.stop()
                 raise BackendError("so101 was stopped on its way home")
-            self._goal = (start + (self._home - start) * min(1.0, step / steps)).astype(np.float32)
-            servos.goals(self._goal)
+            goal = start + (home - start).astype(np.float64) * min(1.0, step / steps)
+            servos.goals(goal)
+            self._targets.sent(goal)
             time.sleep(period_s)
             self._positions = servos.positions()
-            away = np.abs(self._home - self._positions)
+            away = np.abs(home - self._positions)
             if step >= steps and away.max() <= ARRIVED:
                 return
         worst = int(away.argmax())
         raise BackendError(
             f"{self._calibration.names[worst]} did not get home: it is at {self._positions[worst]:.1f}, "
-            f"home is {self._home[worst]:.1f}; see what blocks it, or whether it carries too much"
+            f"home is {home[worst]:.1f}; see what blocks it, or whether it carries too much"
         )
 
 
-def _spec(options: SO101Options, calibration: Calibration) -> BackendSpec:
-    names, units = calibration.names, calibration.units
+def _spec(options: SO101Options, calibration: Calibration, targets: Targets) -> BackendSpec:
     return BackendSpec(
         name="so101",
         cameras=tuple(CameraSpec(camera.name, camera.height, camera.width) for camera in options.cameras),
-        state=VectorSpec(names, units),
-        action=ActionSpec(
-            names=names,
-            units=units,
-            low=tuple(map(float, calibration.low)),
-            high=tuple(map(float, calibration.high)),
-            kind="absolute",
-        ),
+        state=VectorSpec(calibration.names, calibration.units),
+        action=targets.spec,
         control_hz=options.control_hz,
         instructions={"reach": ("reach the green ball",)} if options.emulate else options.tasks,
         privileged=VectorSpec(_TIP, ("m",) * len(_TIP)) if options.emulate else None,
         paced=True,
+        max_rate=targets.max_rate,
     )

@@ -68,10 +68,14 @@ class Calibration:
         """Positions `[joints]` in the joints' units."""
         return self._units(ticks).astype(np.float32)
 
-    def ticks(self, positions: Float32) -> NDArray[np.int64]:
+    def ticks(self, positions: Float32 | NDArray[np.float64]) -> NDArray[np.int64]:
         """The nearest ticks `[joints]` inside the range of each joint."""
         ticks = self._zero_ticks + np.asarray(positions, np.float64) / self._units_per_tick
         return np.asarray(np.clip(np.rint(ticks), self.low_ticks, self.high_ticks), np.int64)
+
+    def speed(self, deg_s: float) -> NDArray[np.float64]:
+        """A speed of the servos in the joints' units `[joints]` a second: for percent that depends on the range."""
+        return np.asarray(np.abs(self._units_per_tick) * TICKS_PER_DEG * deg_s, np.float64)
 
     def _units(self, ticks: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.asarray((ticks - self._zero_ticks) * self._units_per_tick, np.float64)

@@ -12,6 +12,7 @@ from bridge.backend import Float32
 from bridge.backends.so101.calibration import Calibration, so101_joints
 from bridge.backends.so101.cameras import ArmCamera
 from bridge.backends.so101.scene import HOME, JOINTS
+from bridge.backends.so101.targets import Kind
 from bridge.config import ConfigError, Count, Positive
 
 DRAWN = "drawn"
@@ -24,7 +25,7 @@ class SO101Options(Struct, frozen=True, forbid_unknown_fields=True):
     port: str | None = None
     """The arm's serial port, best by a name that stays: `/dev/serial/by-id/...`."""
     calibration: str | None = None
-    """The arm's calibration file (`docs/backends_so101.md`)."""
+    """The arm's calibration file (`docs/backends.md`)."""
     emulate: bool = False
     """There is no arm: an emulated one in this process, or the one of `fieldtune emulate so101` whose pseudo-terminal
     `port` names. The task is then `reach`, and cameras have `device: drawn`."""
@@ -32,10 +33,14 @@ class SO101Options(Struct, frozen=True, forbid_unknown_fields=True):
     tasks: dict[str, str | tuple[str, ...]] = {}
     """Each task of the arm, and what the policy is told: one text, or several wordings."""
     home: dict[str, float] = {}
-    """Where episodes start, by joint in its unit; joints that are not named start at 0."""
+    """Where episodes start, by joint in its unit; joints that are not named start at 0. The emulated arm starts near
+    it, by the seed."""
+    actions: Kind = "delta"
+    """`delta`: an action moves the joints' goals by at most what `max_speed_deg_s` makes in a period. `absolute`: it is
+    the goals themselves, as in policies of LeRobot; of noise to learn from the rate limit would leave little."""
     control_hz: Annotated[float, Meta(gt=0, le=200)] = 30.0
     max_speed_deg_s: Annotated[float, Meta(gt=0, le=720)] = 120.0
-    """The servos themselves keep this limit, whatever they are told."""
+    """The servos themselves keep this limit, whatever they are told, and the safety stage keeps it too."""
     home_speed_deg_s: Annotated[float, Meta(gt=0, le=180)] = 45.0
     """How fast the arm goes to `home` between episodes."""
     on_stop: Literal["hold", "limp"] = "hold"
@@ -57,7 +62,7 @@ def calibration_of(options: SO101Options) -> Calibration:
     elif options.emulate:
         calibration = Calibration(so101_joints(), "the emulated arm")
     else:
-        raise ConfigError(f"{_OPTIONS}.calibration: missing; an arm needs one (docs/backends_so101.md)")
+        raise ConfigError(f"{_OPTIONS}.calibration: missing; an arm needs one (docs/backends.md)")
     if options.emulate and calibration.names != JOINTS:
         raise ConfigError(
             f"{_OPTIONS}.calibration: the emulated arm needs the joints {', '.join(JOINTS)} in this order "

@@ -10,33 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import Float32, UInt8
+from bridge.backends.so101.calibration import Calibration
 
 Float64 = NDArray[np.float64]
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-HOME = {"shoulder_lift": -30.0}
+HOME = {"shoulder_lift": -30.0, "gripper": 20.0}
 """Start of an episode in the joints' units; the others at 0."""
 SHOULDER_M = 0.12
 """Height of the shoulder above the table."""
 LINKS_M = (0.116, 0.135, 0.10)
-TOLERANCE_M = 0.03
+TOLERANCE_M = 0.04
 """Success is the tip this near to the target."""
-EXPERT_STEP_DEG = 6.0
-"""How far ahead of the arm the expert's targets are, at most: about 100 degrees a second with the emulator's lag."""
+START_SPREAD = 4.0
+"""Episodes start at home but for so many degrees (percent of the gripper) in each joint: what must be put right is
+seen in the demonstrations, also of joints that noise alone would move."""
+EXPERT_STEP_DEG = 2.5
+"""How far the expert moves the goal of a joint in a step, at most: 75 degrees a second at 30 Hz."""
 
-_LIFT_DEG, _ELBOW_DEG = (-20.0, 60.0), (-60.0, 30.0)
+_LIFT_DEG, _ELBOW_DEG = (0.0, 50.0), (-45.0, 15.0)
 _MIN_HEIGHT_M, _MIN_WAY_M = 0.03, 0.10
 _DRAWS = 64
 
 _VIEW_M = 0.6  # width and height of the side view
 _LEFT_M, _BOTTOM_M = -0.2, -0.08
 _ARM_WIDTH_M = (0.018, 0.015, 0.011)  # half of it, by link
-_TARGET_RADIUS_M = 0.024
+_TARGET_RADIUS_M = 0.03
 _BACKGROUND, _TABLE, _TARGET = (32, 34, 40), (90, 80, 70), (40, 200, 80)
 _ARM = ((230, 160, 40), (240, 190, 90), (250, 225, 170))
 
 
-def arm_points(positions: Float32) -> Float64:
+def arm_points(positions: Float32 | Float64) -> Float64:
     """Shoulder, elbow, wrist and tip `[4, 3]`, metres, x forward, y left, z up, of joints `[6]` in degrees."""
     pan, lift, elbow, wrist = np.radians(positions[:4].astype(np.float64))
     # Pitches of the links, from upright.
@@ -48,26 +52,30 @@ def arm_points(positions: Float32) -> Float64:
 
 
 class Reach:
-    """The task: bring the tip to a target in the plane straight ahead. Only shoulder and elbow need to move."""
+    """The task: bring the tip to a target in the plane straight ahead, from near home."""
 
-    def __init__(self, home: Float32) -> None:
-        """`home` `[6]` is where the episode starts."""
-        self._home = home
-        self._goal = home
+    def __init__(self, home: Float32, calibration: Calibration) -> None:
+        """`home` `[6]` is about where episodes start."""
+        self._home, self._calibration = home, calibration
+        self._goal = home.astype(np.float64)
+        self.start: Float32 = home
+        """Where this episode starts `[6]`, in the joints' units."""
         self.target: Float64 = arm_points(home)[-1]
         """`[3]`, metres."""
 
     def reset(self, seed: int) -> None:
-        """Place the target by the seed: above the table and away from the tip, where the arm can get to."""
+        """Place the target by the seed, above the table and away from home, where the arm can get to; and the start."""
         random = np.random.default_rng(seed)
-        goals = np.repeat(self._home[None], _DRAWS, axis=0)
+        goals = np.repeat(self._home[None].astype(np.float64), _DRAWS, axis=0)
         goals[:, 1] = random.uniform(*_LIFT_DEG, _DRAWS)
         goals[:, 2] = random.uniform(*_ELBOW_DEG, _DRAWS)
         tips = np.stack([arm_points(goal)[-1] for goal in goals])
         far = np.linalg.norm(tips - arm_points(self._home)[-1], axis=1) >= _MIN_WAY_M
-        # The first that will do; about half of the draws do.
+        # The first that will do; most of the draws do.
         index = int(np.argmax(far & (tips[:, 2] >= _MIN_HEIGHT_M)))
         self._goal, self.target = goals[index], tips[index]
+        start = self._home + random.uniform(-START_SPREAD, START_SPREAD, len(self._home))
+        self.start = np.clip(start, self._calibration.low, self._calibration.high).astype(np.float32)
 
     def distance_m(self, positions: Float32) -> float:
         """From the tip to the target."""
@@ -77,12 +85,12 @@ class Reach:
         """Whether the tip is at the target."""
         return self.distance_m(positions) <= TOLERANCE_M
 
-    def expert_action(self, positions: Float32) -> Float32:
-        """Joint targets `[6]` a little ahead on the straight way, in joint space, to where the tip is at the target."""
-        way = self._goal - positions
+    def expert_goal(self, goals: Float64) -> Float64:
+        """The next goals `[6]` after these, on the straight way in joint space to where the tip is at the target."""
+        way = self._goal - goals
         # The gripper and the roll do not matter to the tip, but the expert keeps them, so that they can be learned.
         largest = max(float(np.abs(way).max()), 1e-9)
-        return (positions + way * min(1.0, EXPERT_STEP_DEG / largest)).astype(np.float32)
+        return np.asarray(goals + way * min(1.0, EXPERT_STEP_DEG / largest), np.float64)
 
     def draw(self, positions: Float32, height: int, width: int) -> UInt8:
         """The side view, uint8 `[height, width, 3]`: table, target, and the arm in front of it."""

@@ -68,7 +68,7 @@ class Servos:
                 raise ServoFaultError(self._fault(servo, reading))
         return self._positions(readings)
 
-    def goals(self, positions: Float32) -> None:
+    def goals(self, positions: Float32 | NDArray[np.float64]) -> None:
         """Send the joints there `[joints]`, within their ranges and not faster than they may."""
         ticks = self._calibration.ticks(positions)
         self._send(dict(zip(self._calibration.ids, ticks.tolist(), strict=True)))
