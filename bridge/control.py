@@ -23,7 +23,7 @@ from bridge.config import BridgeConfig
 from bridge.guard import Guard
 from bridge.messages import Assignment, Chunk, EndEpisode, Ending, Infer, Welcome, WireError, observation_tensors
 from bridge.pacing import Pacer, Ticks
-from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, STARVED
+from bridge.safety import HELD, STARVED
 
 PAUSED_S = 0.02  # between two looks at a paused simulator
 RECENT_DELAYS = 10  # chunks whose delays say for how many steps to commit
@@ -228,7 +228,7 @@ class _Run:
             else:
                 sent, rule = guard.apply(action)
                 rules |= rule
-            self.ticks.held += bool(rules & (FIRST_JUMP | CHUNK_AGE | HOLD))
+            self.ticks.held += bool(rules & HELD)
         self.still = False
         outcome = guard.outcome()
         self.report.add(plan.decision, chunks.index(self.step), sent, outcome.reward, rules)

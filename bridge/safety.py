@@ -30,6 +30,8 @@ from bridge.config import ConfigError, SafetyConfig
 from bridge.messages import RULES, WireError
 
 RANGE, RATE, FIRST_JUMP, WORKSPACE, CHUNK_AGE, HOLD, STARVED = (1 << i for i in range(len(RULES)))
+HELD = FIRST_JUMP | CHUNK_AGE | HOLD | STARVED
+"""Rules by which the hold action goes out in place of whatever was planned."""
 
 Float64 = NDArray[np.float64]
 

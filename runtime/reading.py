@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec, Observation
-from bridge.messages import RULES, WireError, check_observation
+from bridge.messages import WireError, check_observation
+from bridge.safety import STARVED
 from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord, Record
 from runtime.episode_file import EpisodeError
 from runtime.records import RecordError, scan_records, tensor_arrays
 
 __all__ = ["EpisodeError", "read_episode", "read_start"]
 
-STARVED = np.uint8(1 << RULES.index("starved"))
-"""The bit of a step in which the robot held because no chunk had come in time."""
 
 Arrays = dict[str, NDArray[Any]]
 T = TypeVar("T")

@@ -116,7 +116,7 @@ class Rollouts:
                 )
             )
         opened.decision += 1
-        opened.observed[opened.decision] = message.step
+        opened.observed[opened.decision] = message.step, len(prefix.get("prefix", ()))
         opened.waiting = True
         self.inference.submit(
             Pending(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec
 from bridge.messages import RULES, Code, EndEpisode, Ending, Infer, WireError
+from bridge.safety import STARVED
 
 Arrays = dict[str, NDArray[Any]]
 REPORT = ("sent", "reward", "rules")
@@ -37,8 +38,9 @@ class OpenEpisode:
     horizon_steps: int
     decision: int = 0
     steps: int = 0
-    observed: dict[int, int] = field(default_factory=dict)
-    """Decision -> environment step of its observation, for those that may still be played."""
+    observed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Decision -> environment step of its observation and actions that were committed at it, for those that may still
+    be played."""
     waiting: bool = False
     """A chunk was asked for and not sent yet."""
     started: bool = False
@@ -88,10 +90,14 @@ class OpenEpisode:
             where = f"played[{i}]"
             if decision not in self.observed or decision < playing:
                 raise RefusalError("episode", f"{where}.decision", f"{decision} is not a decision that can be played")
-            due = step - self.observed[decision]
-            if start != due:
-                raise RefusalError("episode", f"{where}.start", f"is {start}, but {due} steps followed its observation")
-            starved = rules[step - self.steps : step - self.steps + steps] >> RULES.index("starved") & 1
+            observed, committed = self.observed[decision]
+            if start != step - observed:
+                why = f"is {start}, but {step - observed} steps followed its observation"
+                raise RefusalError("episode", f"{where}.start", why)
+            if start < committed:
+                why = f"is {start}, but {committed} actions of the chunk before were to be played first"
+                raise RefusalError("episode", f"{where}.start", why)
+            starved = rules[step - self.steps : step - self.steps + steps] & STARVED > 0
             if steps < 1 or not starved[max(0, horizon - start) :].all():
                 raise WireError(f"{where}.steps", f"is {steps} from {start} on, the chunk has {horizon} actions")
             playing, step = decision, step + steps
@@ -101,7 +107,7 @@ class OpenEpisode:
         self.steps += k
         if message.played:
             playing = message.played[-1].decision
-            self.observed = {decision: step for decision, step in self.observed.items() if decision >= playing}
+            self.observed = {decision: seen for decision, seen in self.observed.items() if decision >= playing}
 
     def count_interventions(self, rules: NDArray[np.uint8]) -> None:
         """Add the steps `[k]` of a report in which the safety stage changed the action."""

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bridge.backend import Float32, Observation
 from bridge.errors import FieldtuneError
+from bridge.safety import STARVED
 from runtime.bundle import PolicySpec
 from runtime.episode import Decision, Episode
-from runtime.reading import STARVED
 from trainer.config import PPOConfig
 from trainer.vla import Inputs
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bridge.backend import Float32, UInt8
+from bridge.safety import HELD
 from runtime.episode import Episode
 
 
@@ -37,7 +38,7 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
 
     The target of a decision at step t are the actions sent at t, t+1, ..., t+horizon-1, by this decision and by those
     after it: what the robot did, however the chunks were cut. Actions that were sampled but never executed, and steps
-    beyond the end of the episode, have mask 0.
+    beyond the end of the episode, have mask 0; so have steps in which the robot was held.
     """
     decisions = episode.decisions
     dims = len(episode.start.spec.action.names)
@@ -48,7 +49,8 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
         first = decision.step + decision.start
         steps = slice(first, first + len(decision.sent))
         sent[steps] = decision.sent
-        executed[steps] = 1.0
+        # To hold because nothing was there to be done is nothing to be imitated.
+        executed[steps] = 1.0 if decision.rules is None else decision.rules & HELD == 0
     # A decision after the last executed step (the chunk never ran) has nothing to teach.
     used = [d for d in decisions if executed[d.step : d.step + horizon].any()]
     window = np.array([d.step for d in used], np.int64)[:, None] + np.arange(horizon)

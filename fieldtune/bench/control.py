@@ -25,8 +25,8 @@ from bridge.backends import make_backend
 from bridge.client import PolicyClient
 from bridge.drive import drive
 from bridge.endpoint import resolve_endpoint
-from bridge.messages import RULES
 from bridge.pacing import Ticks
+from bridge.safety import STARVED
 from fieldtune.bench.common import BenchError, Goal, Result, together, untrained_run
 from fieldtune.deployment import Deployment, find_bundle
 from runtime.bundle import BundleError, PolicySpec
@@ -45,7 +45,6 @@ LANES = 4
 TASKS = 2
 MAX_LOSS = 0.03  # of success, asynchronous against synchronous
 FIRST_SEED = 3_000_000  # goals that neither training nor evaluation takes
-STARVED = np.uint8(1 << RULES.index("starved"))
 
 Merge = Literal["switch", "blend", "prefix"] | None
 MERGES: tuple[Merge, ...] = (None, "switch", "blend", "prefix")
