@@ -48,9 +48,9 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
     for decision in decisions:
         first = decision.step + decision.start
         steps = slice(first, first + len(decision.sent))
-        sent[steps] = decision.sent
         # To hold because nothing was there to be done is nothing to be imitated.
         executed[steps] = 1.0 if decision.rules is None else decision.rules & HELD == 0
+        sent[steps] = decision.sent * executed[steps, None]
     # A decision after the last executed step (the chunk never ran) has nothing to teach.
     used = [d for d in decisions if executed[d.step : d.step + horizon].any()]
     window = np.array([d.step for d in used], np.int64)[:, None] + np.arange(horizon)

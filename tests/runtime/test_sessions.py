@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from server_samples import ENOUGH_S, raw_socket, refused, row_of
 
 from bridge.backend import Backend
@@ -220,6 +221,34 @@ def test_chunks_that_came_late_or_not_in_time_are_logged_as_they_were_played(ser
     assert first.executed == slice(0, 3) and second.executed == slice(1, 4) and first.rules is None
     assert second.rules is not None and second.rules.tolist() == [0, 0, 0, 64, 64]
     assert third.executed == slice(0, 0) and fourth.rules is None
+
+
+def test_a_chunk_does_not_play_over_what_was_committed(serve: Any, point: Backend, fake_policy: Any) -> None:
+    policy = fake_policy()
+    policy.spec = replace(policy.spec, prefix_steps=2)
+    serving = serve(policy=policy)
+    robot = serving.robot(point.spec)
+    robot.next()
+    observation = robot.observation(point.spec)
+    assert robot.welcome.prefix_steps == 2
+    assert refused(lambda: robot.infer({**observation, "prefix": zeros(3)})).field == "tensors.prefix"
+    assert refused(lambda: robot.infer({**observation, "prefix": np.nan + zeros(1)})).field == "tensors.prefix"
+    robot.infer(observation)
+    robot.executed(1)
+    committed = np.array([[0.5, 0.25], [0.125, 0.0]], np.float32)
+    _, tensors = robot.infer({**observation, "prefix": committed})
+    np.testing.assert_array_equal(tensors["actions"][:2], committed)
+    report = {"sent": zeros(3), "reward": zeros(3)[:, 0]}
+    played = (Played(1, 1, 1), Played(2, 1, 2))
+    assert refused(lambda: robot.infer({**observation, **report}, step=4, played=played)).field == "played[1].start"
+    played = (Played(1, 1, 2), Played(2, 2, 1))
+    robot.infer({**observation, **report}, step=4, played=played)
+    robot.steps = 4
+    stored = robot.end(observation)
+    second = read_episode(serving.log.index.path(row_of(serving, stored.episode))).decisions[1]
+    np.testing.assert_array_equal(second.prefix, committed)
+    assert second.start == 2 and second.log_prob is not None
+    assert second.log_prob[:2].tolist() == [0.0, 0.0] and second.log_prob[2:].all()
 
 
 @pytest.mark.parametrize("prefix", [np.zeros((1, 2), np.float32), np.zeros(2, np.float32)])

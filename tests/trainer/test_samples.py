@@ -75,6 +75,14 @@ def test_a_chunk_that_began_late_was_sent_where_it_began() -> None:
     assert samples.mask.all()
 
 
+def test_a_hold_is_not_imitated() -> None:
+    held = episode([(0, 3), (3, 2)], 3)
+    held.decisions[0].rules = np.array([1, 4, 64], np.uint8)  # clipped to its range, a first jump, starved
+    samples = cloning_samples(held, 3)
+    assert samples.mask.tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert samples.target[0].tolist() == [sent_at(0), [0, 0], [0, 0]]
+
+
 def test_a_random_delay_is_told_and_the_rest_is_imitated() -> None:
     h, p, known = 5, 3, torch.tensor([5, 2, 1, 0]).repeat(500)
     target = torch.arange(1.0, 2000 * h * 2 + 1).reshape(2000, h, 2)
