@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -33,6 +34,7 @@ def evaluate(
     episodes_per_task: int,
     first_seed: int,
     horizon_steps: int,
+    conditions: Mapping[str, Any],
     variant: str = "",
     workers: int,
     worker_command: Callable[[int, str], list[str]],
@@ -45,8 +47,11 @@ def evaluate(
     Workers are processes started by `worker_command(index, endpoint)`. Episodes already in the evaluation's log are not
     run again, so an interrupted evaluation goes on where it stopped. The result is also written to `result.json` there.
     An evaluation under other conditions than usual needs the name of a `variant`, which gives it a log of its own.
+    `conditions` are what the episodes depend on besides version and goal: raises `EvaluationError` where the log has
+    some that were made under others.
     """
     directory = run.evaluation(version, variant)
+    _require_same(directory, {"horizon_steps": horizon_steps, **conditions})
     plan = [(task, first_seed + i) for i in range(episodes_per_task) for task in tasks]
     log = EpisodeLog(directory, keep_gb=1e6)
     try:
@@ -77,6 +82,22 @@ def evaluate(
     evaluation = summarise(rows, version=version, horizon_steps=horizon_steps)
     write_atomic(directory / "result.json", msgspec.json.format(msgspec.json.encode(evaluation)))
     return evaluation
+
+
+def _require_same(directory: Path, conditions: Mapping[str, Any]) -> None:
+    """Note the conditions of an evaluation, or compare them with those that its episodes were made under."""
+    path = directory / "conditions.json"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, msgspec.json.encode(conditions))
+        return
+    before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    for name in {**before, **conditions}:
+        if before.get(name) != conditions.get(name):
+            raise EvaluationError(
+                f"{directory} has episodes with {name} = {before.get(name)}, not {conditions.get(name)}; evaluate under "
+                "another `--set name=`, or move it away"
+            )
 
 
 def load_evaluation(run: RunDir, version: str) -> Evaluation | None:

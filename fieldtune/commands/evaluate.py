@@ -90,6 +90,9 @@ def evaluate_version(
             episodes_per_task=episodes or settings.episodes_per_task,
             first_seed=settings.first_seed,
             horizon_steps=deployment.bridge.horizon_steps,
+            conditions={
+                f"bridge.{name}": getattr(deployment.bridge, name) for name in ("merge", "play_steps", "delay_steps")
+            },
             variant=HELD_OUT if held_out else "",
             workers=deployment.bridge.workers,
             worker_command=lambda i, endpoint: drive_command(

@@ -305,6 +305,9 @@ def test_a_running_deployment(
 def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
     done = fieldtune("eval", "point", "--episodes", "2", "--json", cwd=served)
     assert one_object(done.stdout)["overall"]["n"] == 2
+    other = ("--set", "bridge.play_steps=1")
+    refused = fieldtune("eval", "point", "--episodes", "2", "--json", *other, cwd=served, code=1)
+    assert "has episodes with bridge.play_steps = None, not 1" in " ".join(refused.stderr.split())
 
 
 WORDED = """
