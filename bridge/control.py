@@ -92,8 +92,9 @@ def run_episode(
     ends in an error, with the reason where it can still be told).
 
     Every action executed is one of a chunk of this episode, at the index that its environment step has from the
-    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` and the backend raise, `BackendError`
-    for an observation that is not as the backend's spec says, and `StoppedError`; the backend has been stopped by then.
+    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` and the backend raise, also a
+    `BackendError` for an observation that is not as its spec says, and `StoppedError`; the backend has been stopped by
+    then.
     """
     return _Run(backend, client, welcome, assignment, guard, stopped, config).run()
 

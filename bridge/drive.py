@@ -53,9 +53,11 @@ def drive(
     When the runtime falls silent or refuses in mid-episode the backend is stopped, the episode is given up (the runtime
     keeps it as aborted) and the worker says hello again for at most `give_up_after_s`; then `SilentError` is raised.
     A robot that was stopped takes no episode until the operator has reset it. One whose backend fails gives the episode
-    up and tries the next one, from the second failure in a row on with the backend connected anew; after `MAX_FAULTS` it
-    is stopped. What fails in a simulator, or in the first `connect`, is raised. `guard` is given by whoever hears the
-    operator at this computer. Raises `ConfigError` for safety limits that are missing or loosened.
+    up and tries the next one, from the second failure in a row on with the backend connected anew; after `MAX_FAULTS`
+    it is stopped. What fails in a simulator, or in the first `connect`, is raised.
+
+    `guard` is given by whoever hears the operator at this computer. Raises `ConfigError` for safety limits that are
+    missing or loosened.
     """
     guard = guard or Guard(backend, config.safety, warn=warn)
     watcher = Watcher(guard, client.endpoint, client=client.client, keys=client.keys)

@@ -30,7 +30,7 @@ class Stream:
         stream, random = self, np.random.default_rng(0)
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 if not stream.plugged.is_set():
                     self.send_error(503)
                     return
@@ -115,12 +115,11 @@ def test_an_arm_whose_camera_and_bus_fail_says_what_and_goes_on(scene: Scene, st
     assert scene.warnings[0].startswith("camera top: its last picture is ") and scene.warnings[0].endswith("(1/3)")
     stream.running.set()
     forgiven(2)
-    assert scene.count("connect") == 1
 
     # The camera is gone, and comes back as a new one.
     stream.plugged.clear()
     until(lambda: "(2/3)" in scene.said, "the camera to be missed")
-    assert "camera top: its last picture is " in scene.warnings[1] + scene.warnings[2]
+    assert scene.said.count("camera top: its last picture is ") >= 3
     stream.plugged.set()
     forgiven(3)
     assert scene.count("connect") > 1

@@ -14,6 +14,7 @@ CALM = {"hold_after_s": 5.0, "stop_after_s": 50.0, "chunk_age_s": 10.0}
 """So that a busy machine is not taken for a fault."""
 
 
+@pytest.mark.slow
 def test_a_wrong_observation_costs_the_episode_and_is_named_and_a_lasting_one_stops_the_robot(scene: Scene) -> None:
     scene.deploy_dot(horizon=5, safety=CALM)
     runtime, robot = scene.serve(), scene.drive()
