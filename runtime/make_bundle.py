@@ -112,10 +112,16 @@ def _probe_inputs(spec: PolicySpec, tokenizer: Tokenizer | None) -> Arrays:
     for name, (dtype, shape) in graph_inputs(spec).items():
         if name == "state":
             inputs[name] = rng.standard_normal((len(PROBE_TEXTS), *shape)).astype(dtype)
+        elif name == "prefix":
+            inputs[name] = rng.uniform(spec.action.low, spec.action.high, (len(PROBE_TEXTS), *shape)).astype(dtype)
+        elif name == "prefix_mask":
+            inputs[name] = np.tri(len(PROBE_TEXTS), *shape, dtype=dtype)
         elif tokenizer is not None and name == "tokens":
             inputs[name] = np.stack([_encode_if_short(tokenizer, text, spec.tokens) for text in PROBE_TEXTS])
         else:
             inputs[name] = rng.integers(0, 256, (len(PROBE_TEXTS), *shape)).astype(dtype)
+    if "prefix" in inputs:
+        inputs["prefix"] *= inputs["prefix_mask"][..., None]
     return inputs
 
 

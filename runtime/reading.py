@@ -18,6 +18,7 @@ from runtime.records import RecordError, scan_records, tensor_arrays
 __all__ = ["EpisodeError", "read_episode", "read_start"]
 
 STARVED = np.uint8(1 << RULES.index("starved"))
+"""The bit of a step in which the robot held because no chunk had come in time."""
 
 Arrays = dict[str, NDArray[Any]]
 T = TypeVar("T")

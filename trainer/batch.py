@@ -2,8 +2,10 @@
 
 Rewards are computed here from how the episode ended and how many actions ran: every step costs `step_cost`, the step
 that succeeds earns `success_reward`. With `reward: backend`, an ablation, every step earns what the backend said,
-scaled, in place of the success. Only what was executed counts: a chunk cut short after k actions has a reward over k
-steps, a discount gamma^k, and the log-prob of its first k actions.
+scaled, in place of the success. Only what was executed counts: a chunk of which k actions ran has a reward over k
+steps, a discount gamma^k, and the log-prob of these actions. A chunk that was asked for while another played begins
+where that one ended; steps in which the robot held because none came in time (`starved`) are steps of the chunk that
+ran out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from bridge.backend import Float32, Observation
 from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from runtime.episode import Decision, Episode
+from runtime.reading import STARVED
 from trainer.config import PPOConfig
+from trainer.vla import Inputs
 
 Float64 = NDArray[np.float64]
 
@@ -34,7 +38,8 @@ class Observations:
     """N observations as tensors: what the policy sees, and what only the critic sees.
 
     `images` uint8 `[N, H, W, 3]` by camera, `state` float32 `[N, n]`, `tokens` int64 `[N, L]`, `task` int64 `[N]` (its
-    index), `privileged` float32 `[N, m]` or None where the backend has none.
+    index), `privileged` float32 `[N, m]` or None where the backend has none; the committed actions `prefix` float32
+    `[N, p, d]` and their `prefix_mask` float32 `[N, p]`, or None where the policy is told none.
     """
 
     images: dict[str, Tensor]
@@ -42,9 +47,16 @@ class Observations:
     tokens: Tensor
     task: Tensor
     privileged: Tensor | None
+    prefix: Tensor | None = None
+    prefix_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.state)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the policy sees."""
+        return self.images, self.state, self.tokens, self.prefix, self.prefix_mask
 
     def rows(self, index: Tensor) -> Observations:
         """The rows `index` int64 `[M]`, copied."""
@@ -53,8 +65,14 @@ class Observations:
             state=self.state.index_select(0, index),
             tokens=self.tokens.index_select(0, index),
             task=self.task.index_select(0, index),
-            privileged=None if self.privileged is None else self.privileged.index_select(0, index),
+            privileged=_rows(self.privileged, index),
+            prefix=_rows(self.prefix, index),
+            prefix_mask=_rows(self.prefix_mask, index),
         )
+
+
+def _rows(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.index_select(0, index)
 
 
 @dataclass(slots=True)
@@ -68,11 +86,11 @@ class Batch:
     actions: Tensor
     """float32 `[N, h, d]`: the chunk as sampled."""
     executed: Tensor
-    """float32 `[N, h]`: 1 for the first k actions, which were executed, 0 for the rest."""
+    """float32 `[N, h]`: 1 for the actions that were executed, one after another, 0 for the rest."""
     log_prob: Tensor
     """float32 `[N]`: log-prob of the executed actions under the behaviour policy, as the runtime logged it."""
     reward: Float64
-    """`[N]`: R = sum_{i<k} gamma^i r_{t+i}."""
+    """`[N]`: R = sum_{i<k} gamma^i r_i over the k steps of the decision, the first of which is r_0."""
     discount: Float64
     """`[N]`: gamma^k."""
     terminated: NDArray[np.bool_]
@@ -130,17 +148,19 @@ def build_batch(
     if not decisions:
         raise BatchError("there are no decisions to learn from")
     k = np.array([len(decision.sent) for decision in decisions], np.int64)
-    executed_mask = (np.arange(spec.horizon) < k[:, None]).astype(np.float32)
-    log_prob = np.stack([_logged(decision) for decision in decisions])
+    slices = np.array([(decision.executed.start, decision.executed.stop) for decision in decisions], np.int64)
+    i = np.arange(spec.horizon)
+    executed_mask = ((slices[:, :1] <= i) & (i < slices[:, 1:])).astype(np.float32)
+    log_prob = np.array([decision.executed_log_prob for decision in decisions], np.float32)
     versions = tuple(dict.fromkeys(decision.version for decision in decisions))
     ages = {version: age(version) for version in versions}
     age_of = np.array([ages[decision.version] for decision in decisions], np.int64)
     return Batch(
-        observations=_stack(observations, spec, tasks, tokens),
-        finals=_stack(finals, spec, tasks, tokens),
+        observations=_stack(observations, [decision.prefix for decision in decisions], spec, tasks, tokens),
+        finals=_stack(finals, [None] * len(finals), spec, tasks, tokens),
         actions=torch.from_numpy(np.stack([decision.actions for decision in decisions]).astype(np.float32)),
         executed=torch.from_numpy(executed_mask),
-        log_prob=torch.from_numpy(np.where(executed_mask > 0, log_prob, 0.0).sum(axis=1).astype(np.float32)),
+        log_prob=torch.from_numpy(log_prob),
         reward=chunk_reward(k, np.array(success), config)
         if config.reward == "sparse"
         else backend_reward([decision.reward for decision in decisions], config),
@@ -188,27 +208,35 @@ def _executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:
             raise BatchError(f"{name}: a chunk is {list(decision.actions.shape)}, the policy gives {list(shape)}")
         if decision.log_prob is None:
             raise BatchError(f"{name}: a decision has no log-prob; PPO learns from sampled chunks only")
-        if decision.step != step or len(decision.sent) > spec.horizon:
+        told = 0 if decision.prefix is None else len(decision.prefix)
+        if told > min(spec.prefix_steps, decision.start):
             raise BatchError(
-                f"{name}: {len(decision.sent)} actions of a decision at step {decision.step}, expected a decision at "
-                f"step {step} with at most {spec.horizon}"
+                f"{name}: a decision was told {told} actions and executed from {decision.start} on, the policy can be "
+                f"told {spec.prefix_steps}; what it was told is not its own"
+            )
+        beyond = decision.start + len(decision.sent) - spec.horizon
+        if decision.step + decision.start != step or (beyond > 0 and not _starved(decision, beyond)):
+            raise BatchError(
+                f"{name}: {len(decision.sent)} actions of a decision at step {decision.step} from {decision.start} on, "
+                f"expected the action of step {step} and at most {spec.horizon - decision.start} from the chunk"
             )
         step += len(decision.sent)
     return decisions
 
 
-def _logged(decision: Decision) -> Float64:
-    assert decision.log_prob is not None
-    return decision.log_prob.astype(np.float64)
+def _starved(decision: Decision, steps: int) -> bool:
+    """Whether the robot held for want of a chunk in the last `steps` of the decision."""
+    return decision.rules is not None and bool((decision.rules[-steps:] & STARVED).all())
 
 
 def _stack(
     pairs: Sequence[tuple[Observation, Episode]],
+    prefixes: Sequence[Float32 | None],
     spec: PolicySpec,
     tasks: Sequence[str],
     tokens: Callable[[str], NDArray[np.int64]],
 ) -> Observations:
-    """Observations of episodes as tensors, each image copied once."""
+    """Observations of episodes and what was committed at each as tensors, each image copied once."""
     n = len(pairs)
     images = {}
     for camera in spec.cameras:
@@ -219,10 +247,26 @@ def _stack(
     privileged = [observation.privileged for observation, _ in pairs if observation.privileged is not None]
     rows = {instruction: tokens(instruction) for instruction in {episode.start.instruction for _, episode in pairs}}
     number = {task: i for i, task in enumerate(tasks)}
+    prefix, prefix_mask = _prefixes(prefixes, spec)
     return Observations(
         images=images,
         state=torch.from_numpy(np.stack([observation.state for observation, _ in pairs]).astype(np.float32)),
         tokens=torch.from_numpy(np.stack([rows[episode.start.instruction] for _, episode in pairs])),
         task=torch.tensor([number[episode.start.task] for _, episode in pairs], dtype=torch.int64),
         privileged=torch.from_numpy(np.stack(privileged).astype(np.float32)) if len(privileged) == n else None,
+        prefix=prefix,
+        prefix_mask=prefix_mask,
     )
+
+
+def _prefixes(prefixes: Sequence[Float32 | None], spec: PolicySpec) -> tuple[Tensor | None, Tensor | None]:
+    """The committed actions `[N, p, d]` and their mask `[N, p]`, as the runtime gives them to the policy."""
+    if not spec.prefix_steps:
+        return None, None
+    prefix = torch.zeros(len(prefixes), spec.prefix_steps, len(spec.action.names))
+    mask = torch.zeros(len(prefixes), spec.prefix_steps)
+    for i, committed in enumerate(prefixes):
+        if committed is not None:
+            prefix[i, : len(committed)] = torch.from_numpy(committed)
+            mask[i, : len(committed)] = 1.0
+    return prefix, mask

@@ -1,13 +1,15 @@
 """Action-chunked PPO with self behaviour cloning: advantages, losses and one update of the policy.
 
-A decision at observation o samples a chunk of h actions, of which k are executed; then o' is seen. With gamma the
-discount of one step,
+A decision at observation o samples a chunk of h actions. A slice a = (a_s, a_{s+1}, ...) of it is executed, in k steps;
+where it came in time, s = 0. Then the slice of the next decision, at o', is executed. With gamma the discount of one
+step and r_0 ... r_{k-1} the rewards of these steps,
 
-    R     = sum_{i<k} gamma^i r_{t+i}                                   reward of the decision      (trainer/batch.py)
+    R     = sum_{i<k} gamma^i r_i                                       reward of the decision      (trainer/batch.py)
     delta = R + gamma^k V(o') (1 - terminated) - V(o)
     A     = delta + gamma^k lambda A'                                   GAE over decisions
-    ratio = exp(sum_{i<k} log pi(a_i | o, a_{<i}) - log pi_0(a_i | o, a_{<i}))  pi_0: pi before this update
-    rho   = exp(sum_{i<k} log pi_0(a_i | o, a_{<i}) - log mu(a_i | o, a_{<i}))  mu: the policy that acted
+    log pi(a | o) = log pi(a_s | o) + sum_{i>s} log pi(a_i | o, a_{i-1})        over the slice
+    ratio = exp(log pi(a | o) - log pi_0(a | o))                        pi_0: pi before this update
+    rho   = exp(log pi_0(a | o) - log mu(a | o))                        mu: the policy that acted
     L_ppo = -min(rho, rho_max) min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
     L_sbc = -log pi(a_i | o), mean over the executed actions a_i of the demonstration buffer
     total = w L_ppo + (1 - w) c L_sbc                                   w by task                   (trainer/weight.py)
@@ -21,12 +23,18 @@ In an ablation L_sbc gives way to the KL to a frozen policy, mean over the execu
     L_kl  = sum_d (m_i - m_i')^2 / (2 s_i^2)                            between Gaussians of one and the same s
 
 Only executed actions enter the ratio, so the update stays exact where success, a time-out or a newer chunk cut a chunk
-short: the noise is white or AR(1) along the chunk, so the log-prob of a prefix does not depend on what comes after it
-(runtime/policy.py). L_sbc takes each action by its marginal and is the same squared error whatever the exploration is:
-the residual of a demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process.
+short and where a chunk came late: the noise is white or AR(1) along the chunk, so the log-prob of a slice does not
+depend on what comes after it (runtime/policy.py), and its first action counts by its marginal, because what the chunk
+had before it was never sent. Where the policy is told the actions that are committed while it thinks, they belong to o,
+for pi and for V; they are executed by the decision before and are no part of the slice.
+
+L_sbc takes each action by its marginal and is the same squared error whatever the exploration is: the residual of a
+demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process. A policy that can
+be told what is committed is told the first actions of a demonstration (trainer/samples.py) and clones the others.
 
 A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
-1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718.
+1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718;
+what is committed as an input, 2512.05964.
 """
 
 from __future__ import annotations
@@ -43,8 +51,8 @@ from torch import Tensor, nn
 from trainer.batch import Batch, Float64
 from trainer.buffer import DemoBuffer
 from trainer.config import PPOConfig
-from trainer.samples import random_shift
-from trainer.vla import VLA, log_prob
+from trainer.samples import random_prefix, random_shift
+from trainer.vla import VLA, Inputs, log_prob
 
 CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
 PRIOR_EPISODES = 2.0  # of a task's scale; see normalise_by_task
@@ -142,11 +150,12 @@ def normalise_by_task(
 def executed_log_prob(
     actions: Tensor, mean: Tensor, log_std: Tensor, executed: Tensor, noise_correlation: float
 ) -> Tensor:
-    """sum_{i<k} log pi(a_i | o, a_{<i}) `[B]`; actions, mean, log_std `[B, h, d]`, `executed` `[B, h]` is 1 for i < k.
+    """log pi(a | o) `[B]` of the executed slice; actions, mean, log_std `[B, h, d]`, `executed` `[B, h]` is 1 in it.
 
     What was never executed is cut out before the sum, so it gets no gradient.
     """
-    by_action = log_prob(actions, mean, log_std, noise_correlation)
+    before = nn.functional.pad(executed[:, :-1], (1, 0))
+    by_action = log_prob(actions, mean, log_std, noise_correlation, first=(executed > 0) & (before == 0))
     return torch.where(executed > 0, by_action, torch.zeros_like(by_action)).sum(dim=1)
 
 
@@ -257,7 +266,7 @@ def update(
             if stopped():
                 return None
             seen = batch.observations.rows(rows)
-            mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
+            mean, log_std = _forward(vla, seen.inputs, reduced)
             executed = batch.executed.index_select(0, rows)
             new = executed_log_prob(batch.actions.index_select(0, rows), mean, log_std, executed, correlation)
             log_ratio, rho = new - before.index_select(0, rows), importance.index_select(0, rows)
@@ -305,8 +314,7 @@ def reduced_precision(vla: VLA, batch: Batch, clip: float) -> bool:
     correlation = vla.spec.noise_correlation
     with torch.no_grad():
         exact, rounded = (
-            executed_log_prob(actions, *_forward(vla, seen.images, seen.state, seen.tokens, low), executed, correlation)
-            for low in (False, True)
+            executed_log_prob(actions, *_forward(vla, seen.inputs, low), executed, correlation) for low in (False, True)
         )
     return float((rounded - exact).square().mean().sqrt()) <= PRECISION_SHARE * clip
 
@@ -326,18 +334,20 @@ def _buffer_loss(
     images = {
         name: random_shift(torch.from_numpy(pixels), shift_px, generator) for name, pixels in samples.images.items()
     }
-    mean, log_std = _forward(vla, images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), reduced)
-    scale = scale_by_task[torch.from_numpy(task)]
-    return cloning_loss(torch.from_numpy(samples.target), mean, log_std, torch.from_numpy(samples.mask), scale)
+    target, executed = torch.from_numpy(samples.target), torch.from_numpy(samples.mask)
+    prefix, prefix_mask, mask = random_prefix(target, executed, vla.spec.prefix_steps, generator)
+    seen = images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), prefix, prefix_mask
+    mean, log_std = _forward(vla, seen, reduced)
+    return cloning_loss(target, mean, log_std, mask, scale_by_task[torch.from_numpy(task)])
 
 
 def _log_probs(vla: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:
-    """sum_{i<k} log pi_0(a_i | o, a_{<i}) `[N]` of the fresh decisions; of the others what was logged."""
+    """log pi_0(a | o) `[N]` of the fresh decisions; of the others what was logged."""
     known = batch.log_prob.clone()
     with torch.no_grad():
         for rows in torch.split(torch.from_numpy(np.flatnonzero(batch.fresh)), rows_at_once):
             seen = batch.observations.rows(rows)
-            mean, log_std = _forward(vla, seen.images, seen.state, seen.tokens, reduced)
+            mean, log_std = _forward(vla, seen.inputs, reduced)
             actions, executed = batch.actions.index_select(0, rows), batch.executed.index_select(0, rows)
             known[rows] = executed_log_prob(actions, mean, log_std, executed, vla.spec.noise_correlation)
     return known
@@ -353,16 +363,14 @@ def _means(policy: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tenso
     with torch.no_grad():
         for rows in torch.split(torch.arange(len(batch)), rows_at_once):
             seen = batch.observations.rows(rows)
-            parts.append(_forward(policy, seen.images, seen.state, seen.tokens, reduced)[0])
+            parts.append(_forward(policy, seen.inputs, reduced)[0])
     return torch.cat(parts)
 
 
-def _forward(
-    vla: VLA, images: dict[str, Tensor], state: Tensor, tokens: Tensor, reduced: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(vla: VLA, inputs: Inputs, reduced: bool) -> tuple[Tensor, Tensor]:
     """Mean and log standard deviation in float32; the layers run in bfloat16 if `reduced`, the densities never do."""
     with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
-        mean, log_std = vla(images, state, tokens)
+        mean, log_std = vla(*inputs)
     return mean.float(), log_std.float()
 
 

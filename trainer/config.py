@@ -46,6 +46,13 @@ class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Initial standard deviation of each action, in units of half its range."""
     noise_correlation: Correlation = 0.0
     """rho of the exploration noise along a chunk, an AR(1) process; 0 is white noise."""
+    prefix_steps: Annotated[int, Meta(ge=0)] = 0
+    """Committed actions that the policy can be told at the head of its chunk, for robots that ask for the next chunk
+    while one plays; it learns to plan on from any number up to this. 0: it is told none."""
+
+    def __post_init__(self) -> None:
+        if self.prefix_steps >= self.horizon_steps:
+            raise ValueError(f"prefix_steps {self.prefix_steps} must be below horizon_steps {self.horizon_steps}")
 
 
 class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):

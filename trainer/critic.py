@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runtime.bundle import PolicySpec
 from trainer.batch import Batch, Float64, Observations
+from trainer.vla import committed
 
 WIDTH = 256
 IMAGE_SIDE_PX = 32  # what the image critic works at: where things are, not how they look
@@ -23,9 +24,11 @@ MAX_GRAD_NORM = 1.0
 
 
 class Critic(nn.Module):
-    """V(o): the expected discounted return from an observation on.
+    """V(o): the expected discounted return of a decision and those after it.
 
     Inputs are normalised by mean and standard deviation of the first batch (`set_statistics`), kept with the weights.
+    Where the policy is told which actions are committed while it thinks, so is the critic: they decide what comes as
+    much as what is seen.
     """
 
     def __init__(self, spec: PolicySpec, privileged: int, tasks: int) -> None:
@@ -42,7 +45,14 @@ class Critic(nn.Module):
         self.ready: Tensor
         self._cameras = () if privileged else tuple(camera.name for camera in spec.cameras)
         self.encoders = nn.ModuleList(_encoder() for _ in self._cameras)
-        seen = vector + tasks + len(self.encoders) * 32 * (IMAGE_SIDE_PX // 8) ** 2
+        self._prefix_steps = spec.prefix_steps
+        low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
+        self.register_buffer("center", (high + low) / 2, persistent=False)
+        self.register_buffer("half_range", (high - low) / 2, persistent=False)
+        self.center: Tensor
+        self.half_range: Tensor
+        told = spec.prefix_steps * (len(spec.action.names) + 1)
+        seen = vector + tasks + told + len(self.encoders) * 32 * (IMAGE_SIDE_PX // 8) ** 2
         # The normalisation makes a few passes over a batch do what many did not, also for episodes never fitted.
         self.head = nn.Sequential(
             *(nn.Linear(seen, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU()),
@@ -54,6 +64,9 @@ class Critic(nn.Module):
         """Values float32 `[B]`."""
         vector = (self._vector(observations) - self.mean) / self.std
         parts = [vector, nn.functional.one_hot(observations.task, self._tasks).float()]
+        if self._prefix_steps:
+            assert observations.prefix is not None and observations.prefix_mask is not None
+            parts.append(committed(observations.prefix, observations.prefix_mask, self.center, self.half_range))
         for name, encoder in zip(self._cameras, self.encoders, strict=True):
             pixels = observations.images[name].permute(0, 3, 1, 2).float() / 255.0 - 0.5
             parts.append(encoder(nn.functional.interpolate(pixels, size=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), mode="area")))

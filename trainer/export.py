@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bridge.backend import Float32
 from bridge.errors import FieldtuneError
 from runtime.bundle import (
     OUTPUTS,
@@ -34,6 +35,9 @@ from trainer.vla import VLA
 
 PARITY_TOLERANCE = 1e-4
 """Largest difference between onnxruntime and torch, in half ranges of the action; measured: about 1e-6."""
+ARGUMENTS = ("state", "tokens", "prefix", "prefix_mask")
+"""Of `VLA.forward`, after the images, by the names of the graph's inputs."""
+PREFIX_WEIGHT = "prefix.weight"
 _INTERFACE = ("cameras", "state", "action", "control_hz", "horizon", "tokens", "noise_correlation")
 
 
@@ -104,19 +108,27 @@ def export(
 
 
 def load_weights(vla: VLA, bundle: Bundle) -> None:
-    """Give `vla` exactly the weights of a version; raises `BundleError` if the bundle is of another network."""
+    """Give `vla` exactly the weights of a version; raises `BundleError` if the bundle is of another network.
+
+    A version that is told nothing of what is committed becomes one that can be told and does the same whatever it is
+    told: the weights of the prefix, which it does not have, are 0.
+    """
     for field in _INTERFACE:
         if getattr(bundle.spec, field) != getattr(vla.spec, field):
             raise BundleError("policy.yaml", f"$.{field} is not that of this VLA; it was made for another deployment")
+    if bundle.spec.prefix_steps not in (0, vla.spec.prefix_steps):
+        raise BundleError("policy.yaml", f"$.prefix_steps is {bundle.spec.prefix_steps}, {vla.spec.prefix_steps} here")
     tensors = weight_tensors(vla)
-    if set(tensors) != set(bundle.weights):
-        names = ", ".join(sorted(set(tensors) ^ set(bundle.weights))[:5])
+    untold = {PREFIX_WEIGHT} & set(tensors) if bundle.spec.prefix_steps == 0 else set()
+    if set(tensors) - untold != set(bundle.weights):
+        names = ", ".join(sorted((set(tensors) - untold) ^ set(bundle.weights))[:5])
         raise BundleError(
             "weights.safetensors",
             f"the bundle and this VLA differ in {names}; only bundles of the reference VLA with equal trainer.vla "
             "settings can be trained further",
         )
-    for name, tensor in tensors.items():
+    for name in bundle.weights:
+        tensor = tensors[name]
         if bundle.weights[name].shape != tuple(tensor.shape) or bundle.weights[name].dtype != np.float32:
             raise BundleError(
                 "weights.safetensors",
@@ -125,7 +137,10 @@ def load_weights(vla: VLA, bundle: Bundle) -> None:
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(torch.from_numpy(np.array(bundle.weights[name])))
+            if name in untold:
+                tensor.zero_()
+            else:
+                tensor.copy_(torch.from_numpy(np.array(bundle.weights[name])))
 
 
 def become(vla: VLA, bundle: Bundle) -> None:
@@ -148,16 +163,18 @@ def weight_tensors(vla: VLA) -> dict[str, Tensor]:
 def torch_outputs(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """`action_mean` and `action_log_std` float32 `[B, h, d]` as torch computes them for the graph's inputs."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        outputs = vla(*_arguments(vla.spec, inputs))
+        images, others = _arguments(vla.spec, inputs)
+        outputs = vla(images, *others)
     return {name: tensor.numpy() for name, tensor in zip(OUTPUTS, outputs, strict=True)}
 
 
 def export_graph(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> bytes:
     """The graph without weights, from an example batch of 2 or more."""
-    images, state, tokens = _arguments(vla.spec, inputs)
-    if len(tokens) < 2:
+    images, others = _arguments(vla.spec, inputs)
+    rows = len(others[0])
+    if rows < 2:
         raise ExportError(
-            f"the probe holds {len(tokens)} observation; with fewer than 2, torch takes the batch size for a constant"
+            f"the probe holds {rows} observation; with fewer than 2, torch takes the batch size for a constant"
         )
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
@@ -168,12 +185,12 @@ def export_graph(vla: VLA, inputs: Mapping[str, NDArray[Any]]) -> bytes:
             # With optimize=True names get lost and equal weights are merged.
             program = torch.onnx.export(
                 vla,
-                (images, state, tokens),
+                (images, *others),
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                dynamic_shapes=({name: {0: "batch"} for name in images}, {0: "batch"}, {0: "batch"}),
-                input_names=[*(f"image/{name}" for name in images), "state", "tokens"],
+                dynamic_shapes=({name: {0: "batch"} for name in images}, *({0: "batch"} for _ in others)),
+                input_names=[*(f"image/{name}" for name in images), *ARGUMENTS[: len(others)]],
                 output_names=list(OUTPUTS),
             )
     finally:
@@ -208,6 +225,17 @@ def check_parity(vla: VLA, graph: bytes, inputs: Arrays) -> None:
             )
 
 
+def probe_prefixes(actions: Float32, prefix_steps: int) -> Arrays:
+    """What a probe's observations are told is committed, from all `prefix_steps` of their `actions` `[B, h, d]` in the
+    first down to none in the last; nothing where the policy is told none.
+    """
+    if not prefix_steps:
+        return {}
+    told = np.linspace(prefix_steps, 0, len(actions)).round()
+    mask = (np.arange(prefix_steps) < told[:, None]).astype(np.float32)
+    return {"prefix": actions[:, :prefix_steps] * mask[..., None], "prefix_mask": mask}
+
+
 def _frozen(vla: VLA) -> VLA:
     """A copy on the CPU that later gradient steps do not reach."""
     return copy.deepcopy(vla).cpu().eval().requires_grad_(False)
@@ -230,9 +258,10 @@ def _probe_inputs(spec: PolicySpec, probe: Mapping[str, NDArray[Any]]) -> Arrays
     return inputs
 
 
-def _arguments(spec: PolicySpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The arguments of `VLA.forward`; where there is no state, `[B, 0]`."""
+def _arguments(spec: PolicySpec, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The arguments of `VLA.forward`, images and others; where there is no state, `[B, 0]`, and without a prefix none
+    of it."""
     images = {camera.name: torch.from_numpy(inputs[f"image/{camera.name}"]) for camera in spec.cameras}
-    tokens = torch.from_numpy(inputs["tokens"])
-    state = inputs.get("state", np.zeros((len(tokens), 0), np.float32))
-    return images, torch.from_numpy(state), tokens
+    state = np.zeros((len(inputs["tokens"]), 0), np.float32)
+    others = {"state": state, **inputs}
+    return images, [torch.from_numpy(others[name]) for name in ARGUMENTS if name in others]

@@ -131,7 +131,7 @@ def check_ratio(batch: Batch, behaviours: Behaviours, rng: np.random.Generator) 
 def _error(batch: Batch, rows: Tensor, policy: VLA) -> float:
     seen = batch.observations.rows(rows)
     with torch.no_grad():
-        mean, log_std = policy(seen.images, seen.state, seen.tokens)
+        mean, log_std = policy(*seen.inputs)
         again = executed_log_prob(
             batch.actions.index_select(0, rows),
             mean,

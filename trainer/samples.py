@@ -41,11 +41,12 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
     """
     decisions = episode.decisions
     dims = len(episode.start.spec.action.names)
-    length = max((decision.step + len(decision.sent) for decision in decisions), default=0)
+    length = max((decision.step + decision.start + len(decision.sent) for decision in decisions), default=0)
     sent = np.zeros((length + horizon, dims), np.float32)
     executed = np.zeros(length + horizon, np.float32)
     for decision in decisions:
-        steps = slice(decision.step, decision.step + len(decision.sent))
+        first = decision.step + decision.start
+        steps = slice(first, first + len(decision.sent))
         sent[steps] = decision.sent
         executed[steps] = 1.0
     # A decision after the last executed step (the chunk never ran) has nothing to teach.
@@ -63,6 +64,26 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
         target=sent[window],
         mask=executed[window],
     )
+
+
+def random_prefix(
+    target: Tensor, mask: Tensor, prefix_steps: int, generator: torch.Generator
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """What a policy that can be told p = `prefix_steps` committed actions is told in training, and what it has to do.
+
+    Each sample of `target` `[B, h, d]` and `mask` `[B, h]` gets a delay c of 0 to p at random (training-time action
+    conditioning, 2512.05964): the first c actions of the target are told, the others are to be imitated. Of a target
+    that ends early at least the last action is left to imitate. Returns the prefix `[B, p, d]`, its mask `[B, p]` and
+    the mask `[B, h]` of what is left; without a prefix None, None and `mask`.
+    """
+    if not prefix_steps:
+        return None, None, mask
+    known = mask.cumprod(dim=1).sum(dim=1)  # executed without a gap from the first on
+    delay = torch.randint(0, prefix_steps + 1, (len(mask),), generator=generator)
+    delay = torch.minimum(delay, (known - 1).clamp(min=0))
+    told = (torch.arange(mask.shape[1]) < delay[:, None]).to(mask.dtype)
+    prefix_mask = told[:, :prefix_steps]
+    return target[:, :prefix_steps] * prefix_mask.unsqueeze(-1), prefix_mask, mask * (1 - told)
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

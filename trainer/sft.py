@@ -27,7 +27,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 from trainer.demos import demo_rows
-from trainer.export import Exporter, become
+from trainer.export import Exporter, become, probe_prefixes
 from trainer.samples import CloningSamples, cloning_samples
 from trainer.supervised import Dataset, SFTError, Training, gather
 from trainer.tokens import build_tokenizer
@@ -49,11 +49,11 @@ def run_sft(
     """Train on the demonstrations of the run, export a bundle, make it the live version; returns its id.
 
     `start` is a bundle to begin from; its tokenizer and state statistics are kept, its sigma and noise correlation are
-    not. Equal demonstrations, settings and seed give equal weights on equal hardware. A checkpoint is written every
-    15 s: after a stop or a kill the same call goes on from there, unless settings or demonstrations have changed, then
-    it starts anew. `progress(step, steps)` is called after each gradient step; if `stopped()` the state is kept and
-    None returned. Raises `SFTError` if the run has no demonstrations of a task, `BundleError` if `start` is of another
-    network.
+    not; it may be one that is told nothing of what is committed. Equal demonstrations, settings and seed give equal
+    weights on equal hardware. A checkpoint is written every 15 s: after a stop or a kill the same call goes on from
+    there, unless settings or demonstrations have changed, then it starts anew. `progress(step, steps)` is called after
+    each gradient step; if `stopped()` the state is kept and None returned. Raises `SFTError` if the run has no
+    demonstrations of a task, `BundleError` if `start` is of another network.
     """
     tasks = config.trained(spec)
     index = EpisodeIndex(run.demos)
@@ -102,7 +102,8 @@ def run_sft(
         "settings": msgspec.to_builtins(config.sft),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    version = Exporter(vla, tokenizer, _probe(data)).publish(run.policies, parent="", made=made)
+    probe = _probe(data, config.vla.prefix_steps)
+    version = Exporter(vla, tokenizer, probe).publish(run.policies, parent="", made=made)
     registry = Registry(run.registry)
     registry.add(version, parent="", made=made)
     registry.set_live(version, why="sft")
@@ -120,6 +121,7 @@ def policy_spec(name: str, spec: BackendSpec, config: TrainerConfig) -> PolicySp
         control_hz=spec.control_hz,
         horizon=config.vla.horizon_steps,
         tokens=config.vla.max_tokens,
+        prefix_steps=config.vla.prefix_steps,
         noise_correlation=config.vla.noise_correlation,
     )
 
@@ -157,11 +159,12 @@ def _fingerprint(
     return hashlib.sha256(msgspec.json.encode([policy, config.sft, config.vla, seed, episodes, start])).hexdigest()
 
 
-def _probe(data: Dataset) -> dict[str, np.ndarray[Any, Any]]:
+def _probe(data: Dataset, prefix_steps: int) -> dict[str, np.ndarray[Any, Any]]:
     """A few observations from all over the demonstrations, for the bundle's probe."""
     index = torch.linspace(0, len(data) - 1, PROBE_SAMPLES).long()
     return {
         **{f"image/{name}": images[index].numpy() for name, images in data.images.items()},
         "state": data.state[index].numpy(),
         "tokens": data.tokens[index].numpy(),
+        **probe_prefixes(data.target[index].numpy(), prefix_steps),
     }

@@ -5,6 +5,9 @@ held fixed. Up to a factor and a constant that is the masked mean squared error 
 is what is computed. Sigma stays as configured: fitted to so few demonstrations it would shrink to their noise, and
 exploration starts from it.
 
+A policy that can be told what is committed (`trainer.vla.prefix_steps`) is told it with random delays, and imitates the
+actions after it: `trainer.samples.random_prefix`.
+
 Where samples carry a privileged state (pretraining in a simulator only), a linear head that is not exported predicts it
 from what the policy's own head reads. It makes the features say where things are, which demonstrations alone teach
 slowly.
@@ -30,7 +33,7 @@ from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from runtime.durable import atomic_directory, write_atomic
 from trainer.config import SFTConfig
-from trainer.samples import CloningSamples, random_shift
+from trainer.samples import CloningSamples, random_prefix, random_shift
 from trainer.vla import VLA
 
 CHECKPOINT_EVERY_S = 15.0
@@ -191,13 +194,15 @@ class Training:
             self.order = torch.randperm(n, generator=_generator(self.seed, 0, epoch))
         index = self.order[part * config.batch : (part + 1) * config.batch]
         batch = self.data.batch(index, config.shift_px, _generator(self.seed, 1, self.step))
+        delays = _generator(self.seed, 2, self.step)
+        *told, mask = random_prefix(batch.target, batch.mask, self.vla.spec.prefix_steps, delays)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            features = self.vla.features(batch.images, batch.state, batch.tokens)
+            features = self.vla.features(batch.images, batch.state, batch.tokens, *told)
             mean, _ = self.vla.chunk(features)
             predicted = self.auxiliary(features) if self.auxiliary else None
-        loss = cloning_error(mean.float(), batch.target, batch.mask, self.half_range)
+        loss = cloning_error(mean.float(), batch.target, mask, self.half_range)
         if predicted is not None:
             loss = loss + config.auxiliary * (predicted.float() - batch.privileged).square().mean()
         self.optimizer.zero_grad()

@@ -5,6 +5,7 @@
                the text vector (FiLM, 1709.07871) -> flattened, so that where something is stays known
     state   -> (state - mean) / std
     all three -> MLP -> mean of the chunk;  the standard deviation depends on neither image nor state
+    committed actions (2512.05964), where the spec has any -> added to what the MLP's first layer gives
 
 Both outputs are in units of the action: mean = center + half_range * network, log_std = log_sigma + log(half_range).
 There is no tanh on the mean: it would flatten the gradient where the experts are, at the limits, and the Gaussian stays
@@ -32,6 +33,9 @@ MAX_SIDE = 8
 """Feature maps that are larger are averaged down, which keeps the first layer of the MLP small for large images."""
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
+Inputs = tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None, Tensor | None]
+"""The arguments of `VLA.forward`."""
+
 
 class VLAError(FieldtuneError):
     """The network cannot be built or used as asked; the message says what does not fit."""
@@ -53,10 +57,12 @@ class VLA(nn.Module):
     def __init__(self, config: VLAConfig, spec: PolicySpec) -> None:
         """A network for the cameras, state and actions of `spec`. Raises `VLAError` where config and spec disagree."""
         super().__init__()
-        if spec.horizon != config.horizon_steps or spec.tokens != config.max_tokens:
+        wanted = config.horizon_steps, config.max_tokens, config.prefix_steps
+        if (spec.horizon, spec.tokens, spec.prefix_steps) != wanted:
             raise VLAError(
-                f"the policy's spec has horizon {spec.horizon} and {spec.tokens} tokens, trainer.vla asks for "
-                f"horizon_steps {config.horizon_steps} and max_tokens {config.max_tokens}; they must agree"
+                f"the policy's spec has horizon {spec.horizon}, {spec.tokens} tokens and prefix_steps "
+                f"{spec.prefix_steps}, trainer.vla asks for horizon_steps {config.horizon_steps}, max_tokens "
+                f"{config.max_tokens} and prefix_steps {config.prefix_steps}; they must agree"
             )
         low, high = torch.tensor(spec.action.low), torch.tensor(spec.action.high)
         if not bool(torch.isfinite(high - low).all() and (high > low).all()):
@@ -83,13 +89,26 @@ class VLA(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         self.log_sigma = nn.Parameter(torch.full((dims,), math.log(config.sigma)))
+        if spec.prefix_steps:
+            # It begins as if nothing were told, so that a base that never was can be gone on from.
+            self.prefix = nn.Linear(spec.prefix_steps * (dims + 1), config.width, bias=False)
+            nn.init.zeros_(self.prefix.weight)
 
-    def forward(self, images: dict[str, Tensor], state: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        images: dict[str, Tensor],
+        state: Tensor,
+        tokens: Tensor,
+        prefix: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of the chunk, float32 `[B, h, d]` each, in units of the action.
 
-        `images` uint8 `[B, H, W, 3]` by camera, `state` float32 `[B, n]`, `tokens` int64 `[B, L]`, padded with 0.
+        `images` uint8 `[B, H, W, 3]` by camera, `state` float32 `[B, n]`, `tokens` int64 `[B, L]`, padded with 0. Where
+        the spec has `prefix_steps` p: the committed actions `prefix` float32 `[B, p, d]`, in units of the action, and
+        `prefix_mask` float32 `[B, p]`, 1 for each; 0 in both behind them. None stands for none in every row.
         """
-        return self.chunk(self.features(images, state, tokens))
+        return self.chunk(self.features(images, state, tokens, prefix, prefix_mask))
 
     def chunk(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation from `features` `[B, width]`; shapes as in `forward`."""
@@ -98,7 +117,14 @@ class VLA(nn.Module):
         log_std = (self.log_sigma + self.half_range.log()).expand_as(mean)
         return mean, log_std
 
-    def features(self, images: dict[str, Tensor], state: Tensor, tokens: Tensor) -> Tensor:
+    def features(
+        self,
+        images: dict[str, Tensor],
+        state: Tensor,
+        tokens: Tensor,
+        prefix: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads, `[B, width]`; inputs as in `forward`. For auxiliary heads that are not exported."""
         words = (tokens != PADDING).unsqueeze(-1).float()
         text = (self.embedding(tokens) * words).sum(1) / words.sum(1).clamp(min=1.0)
@@ -107,10 +133,13 @@ class VLA(nn.Module):
             parts.append(((state - self.state_mean) / self.state_std).clamp(-MAX_STATE, MAX_STATE))
         for camera, encoder in zip(self.spec.cameras, self.encoders, strict=True):
             parts.append(encoder(images[camera.name], text))
-        wide = self.fusion[:2](torch.cat(parts, dim=1))
-        # The last two layers are small; in bfloat16 they would make most of the error of the log-prob.
+        wide = self.fusion[0](torch.cat(parts, dim=1))
+        # The rest is small; in bfloat16 it would make most of the error of the log-prob.
         with torch.autocast("cpu", enabled=False):
-            seen: Tensor = self.fusion[2:](wide.float())
+            wide = wide.float()
+            if prefix is not None and prefix_mask is not None:
+                wide = wide + self.prefix(committed(prefix, prefix_mask, self.center, self.half_range))
+            seen: Tensor = self.fusion[1:](wide)
         return seen
 
     @property
@@ -134,6 +163,14 @@ class VLA(nn.Module):
         self.state_mean.copy_(mean)
         # An element that never moved says nothing; divided by its noise the first change would be enormous.
         self.state_std.copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
+
+
+def committed(prefix: Tensor, mask: Tensor, center: Tensor, half_range: Tensor) -> Tensor:
+    """What is committed, as a network reads it, `[B, p (d + 1)]`: the actions in half ranges from the middle of their
+    range, 0 where there is none, and the mask; shapes as in `VLA.forward`, `center` and `half_range` `[d]`.
+    """
+    normalised = (prefix - center) / half_range * mask.unsqueeze(-1)
+    return torch.cat([normalised.flatten(1), mask], dim=1)
 
 
 class ImageEncoder(nn.Module):
@@ -183,14 +220,19 @@ def _reduced(side: int, halvings: int) -> int:
     return side
 
 
-def log_prob(actions: Tensor, mean: Tensor, log_std: Tensor, noise_correlation: float) -> Tensor:
-    """Log-density `[B, h]` of each action given those before it, summed over its elements; tensors `[B, h, d]`.
+def log_prob(
+    actions: Tensor, mean: Tensor, log_std: Tensor, noise_correlation: float, first: Tensor | None = None
+) -> Tensor:
+    """Log-density `[B, h]` of each action given the one before it, summed over its elements; tensors `[B, h, d]`.
 
-    The same formula as `runtime.policy.log_prob`, with gradients to `mean` and `log_std`.
+    The same formula as `runtime.policy.log_prob`, with gradients to `mean` and `log_std`. An action where `first` bool
+    `[B, h]` is set counts by itself, whatever came before it; None: the first of each chunk.
     """
+    if first is None:
+        first = torch.arange(actions.shape[1]).expand(actions.shape[:2]) == 0
     z = (actions - mean) * torch.exp(-log_std)
+    before = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1]], dim=1)
     innovation = math.sqrt(1 - noise_correlation**2)
-    xi = torch.cat([z[:, :1], (z[:, 1:] - noise_correlation * z[:, :-1]) / innovation], dim=1)
+    xi = torch.where(first.unsqueeze(-1), z, (z - noise_correlation * before) / innovation)
     by_action = (-0.5 * xi.square() - log_std - _LOG_SQRT_2PI).sum(-1)
-    by_action[:, 1:] -= actions.shape[-1] * math.log(innovation)
-    return by_action
+    return by_action - actions.shape[-1] * math.log(innovation) * ~first

@@ -29,7 +29,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
-from runtime.spawn import end, spawn
+from runtime.spawn import SPAWN, end, spawn
 from runtime.swap import Live
 
 PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
@@ -188,6 +188,42 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[int,
         end([(child, here)], STOP_S)
 
 
+def together(targets: list[partial[None]], seconds: float) -> list[Any]:
+    """Run processes that say they are ready, wait for a word, and send one result; raises `BenchError`."""
+    children = []
+    try:
+        for target in targets:
+            here, there = SPAWN.Pipe()
+            child = SPAWN.Process(target=_call, args=(there, target), daemon=True)
+            child.start()
+            there.close()
+            children.append((child, here))
+        for _, here in children:
+            _receive(here, START_S)
+        for _, here in children:
+            here.send("go")
+        return [_receive(here, 10 * seconds + START_S) for _, here in children]
+    finally:
+        for child, here in children:
+            here.close()
+            child.join(STOP_S)
+            if child.is_alive():
+                child.kill()
+
+
+def _call(connection: Connection, target: partial[None]) -> None:
+    target(connection)
+
+
+def _receive(here: Connection, timeout_s: float) -> Any:
+    try:
+        if here.poll(timeout_s):
+            return here.recv()
+    except EOFError as error:
+        raise BenchError("a process ended early; its error is above") from error
+    raise BenchError(f"a process was silent for {timeout_s:g} s")
+
+
 def serve(
     connection: Connection,
     make_live: Callable[[], LivePolicy],
@@ -230,7 +266,7 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
 
     from bridge.messages import observation_tensors
     from runtime.policy import encode
-    from trainer.export import Exporter
+    from trainer.export import Exporter, probe_prefixes
     from trainer.sft import policy_spec
     from trainer.tokens import build_tokenizer
     from trainer.vla import VLA
@@ -249,6 +285,8 @@ def untrained_run(deployment: Deployment, directory: Path, versions: int) -> tup
     tokenizer = build_tokenizer(all_instructions(backend.spec), config.vla.vocabulary, config.vla.max_tokens)
     seen["tokens"] = encode(tokenizer, instruction_of(backend.spec, task, 0), config.vla.max_tokens)
     probe = {name: np.stack([array, array]) for name, array in seen.items() if name != "privileged"}
+    still = np.zeros((2, config.vla.horizon_steps, len(backend.spec.action.names)), np.float32)
+    probe.update(probe_prefixes(still, config.vla.prefix_steps))
     registry = Registry(run.registry)
     torch.manual_seed(0)
     vla = VLA(config.vla, policy_spec("bench", backend.spec, config))

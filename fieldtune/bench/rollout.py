@@ -15,7 +15,7 @@ import tempfile
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,12 @@ from bridge.client import PolicyClient
 from bridge.drive import drive
 from bridge.messages import GetStatus, StatusReply, observation_tensors
 from fieldtune.bench import common
-from fieldtune.bench.common import BenchError, Goal, Result, cpu_s, live_of, process, untrained_run
+from fieldtune.bench.common import Goal, Result, cpu_s, live_of, process, together, untrained_run
 from fieldtune.bench.spent import Spent, Timed
 from fieldtune.deployment import Deployment
 from runtime.inference import Pending, decide
 from runtime.policy import Policy
 from runtime.rundir import RunDir
-from runtime.spawn import SPAWN
 
 SECONDS = 15.0
 QUICK_SECONDS = 1.0
@@ -101,42 +100,6 @@ def work(
             warn=print,
         )
     connection.send((backend.whole(), backend.steps))
-
-
-def together(targets: list[partial[None]], seconds: float) -> list[Any]:
-    """Run processes that say they are ready, wait for a word, and send one result; raises `BenchError`."""
-    children = []
-    try:
-        for target in targets:
-            here, there = SPAWN.Pipe()
-            child = SPAWN.Process(target=_call, args=(there, target), daemon=True)
-            child.start()
-            there.close()
-            children.append((child, here))
-        for _, here in children:
-            _receive(here, common.START_S)
-        for _, here in children:
-            here.send("go")
-        return [_receive(here, 10 * seconds + common.START_S) for _, here in children]
-    finally:
-        for child, here in children:
-            here.close()
-            child.join(common.STOP_S)
-            if child.is_alive():
-                child.kill()
-
-
-def _call(connection: Connection, target: partial[None]) -> None:
-    target(connection)
-
-
-def _receive(here: Connection, timeout_s: float) -> Any:
-    try:
-        if here.poll(timeout_s):
-            return here.recv()
-    except EOFError as error:
-        raise BenchError("rollout: a process ended early; its error is above") from error
-    raise BenchError(f"rollout: a process was silent for {timeout_s:g} s")
 
 
 def bench_rollout(deployment: Deployment, directory: Path, *, quick: bool = False) -> tuple[Result, Result]:

@@ -12,15 +12,17 @@ from fieldtune.bench.common import Result, machine
 from fieldtune.commands.common import Json, Set, err, out, print_json
 from fieldtune.deployment import load_deployment
 
-What = Literal["serve", "rollout", "swap", "log", "all"]
+What = Literal["serve", "rollout", "swap", "log", "control", "all"]
 
 
 def bench(
-    what: Annotated[tyro.conf.Positional[What], tyro.conf.arg(metavar="serve|rollout|swap|log|all")],
+    what: Annotated[tyro.conf.Positional[What], tyro.conf.arg(metavar="serve|rollout|swap|log|control|all")],
     config: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="CONFIG", help="deployment whose backend and network rollout and swap use"),
-    ] = "quickstart",
+        tyro.conf.arg(
+            metavar="CONFIG", help="deployment that rollout and swap (quickstart) and control (realtime) use"
+        ),
+    ] = "",
     /,
     *,
     overrides: Set = (),
@@ -31,8 +33,9 @@ def bench(
     """Measure this computer against fieldtune's goals: each figure and what it is compared with in one run.
 
     serve: the server against a bare ZeroMQ echo. rollout: the loop against direct calls, and where its time goes.
-    swap: waits while weights change. log: the record of a decision. Nothing else should run meanwhile. A goal that is
-    missed is shown, and is no failure of the command.
+    swap: waits while weights change. log: the record of a decision. control: a robot whose policy is slow, in real
+    time; it takes some twenty minutes and is not part of all. Nothing else should run meanwhile. A goal that is missed
+    is shown, and is no failure of the command.
 
     Examples:
       fieldtune bench all
@@ -69,7 +72,11 @@ def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path,
         from fieldtune.bench.log import bench_log
 
         return (bench_log(directory, quick=quick),)
-    deployment = load_deployment(config, overrides)
+    if name == "control":
+        from fieldtune.bench.control import bench_control
+
+        return (bench_control(load_deployment(config or "realtime", overrides), directory, quick=quick),)
+    deployment = load_deployment(config or "quickstart", overrides)
     if name == "rollout":
         from fieldtune.bench.rollout import bench_rollout
 

@@ -7,13 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from bridge.backend import Observation
+from bridge.backends.point import Point, PointOptions
 from fieldtune.bench import common
 from fieldtune.bench.common import BenchError, Goal, Result
+from fieldtune.bench.control import played
 from fieldtune.bench.swap import Asked, summary
 from fieldtune.cli import run
 from fieldtune.commands.bench import text
+from runtime.episode import Decision, Episode, EpisodeStart
 
 
 def measured(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -47,6 +52,50 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert server["server p50 / p50"] == 1
     assert echo["server p50 / p50"] == pytest.approx(server["p50 ms"] / echo["p50 ms"])
     assert len(result["goals"]) == 4
+
+
+@pytest.mark.slow
+def test_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = measured("control", tmp_path, capsys)
+    assert [row["merge"] for row in result["rows"]] == ["none", "switch", "blend"]  # it takes no prefix
+    waiting, *asynchronous = result["rows"]
+    assert waiting["starved"] == 0 and waiting["stands still %"] > 0
+    assert result["goals"][0]["measured"] == sum(row["starved"] for row in asynchronous)
+    assert "the policy is untrained" in result["notes"][0]
+
+
+def test_changes_at_takeovers_are_told_from_those_inside_a_chunk_and_starved_ticks_are_neither() -> None:
+    spec = Point(PointOptions()).spec
+    start = EpisodeStart(
+        format=1,
+        episode="e",
+        task="t",
+        instruction="go",
+        seed=0,
+        source="policy",
+        explore=False,
+        client="c",
+        spec=spec,
+        started_unix_s=0.0,
+    )
+    sent = [[0.0, 1.0, 2.0], [5.0, 7.0, 0.0, 0.0], [9.0]]
+    decisions = [
+        Decision(
+            number=i,
+            step=0,
+            version="v",
+            observation=Observation({}, np.zeros(2, np.float32)),
+            actions=np.zeros((4, 1), np.float32),
+            log_prob=None,
+            sent=np.array(own, np.float32)[:, None],
+            reward=np.zeros(len(own), np.float32),
+            rules=np.array([0, 0, 64, 64], np.uint8) if i == 1 else None,
+        )
+        for i, own in enumerate(sent)
+    ]
+    found = played(Episode(start, decisions, "success", 8), np.array([2.0]))
+    assert (found.success, found.steps, found.starved) == (True, 8, 2)
+    assert found.at_boundaries == [1.5] and found.inside == [0.5, 0.5, 1.0]
 
 
 @pytest.mark.slow

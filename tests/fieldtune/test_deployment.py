@@ -42,6 +42,7 @@ def test_a_minimal_deployment_has_defaults(tmp_path: Path) -> None:
         ("runtime.serve.endpoint=5", ["$.runtime.serve.endpoint", "Expected `str`"]),
         ("trainer.stop.minutes=soon", ["$.trainer.stop.minutes", "'soon'"]),
         ("trainer.vla.channels=[8, 0]", ["$.trainer.vla.channels[1]", ">= 1"]),
+        ("trainer.vla.prefix_steps=8", ["$.trainer.vla", "prefix_steps 8 must be below horizon_steps 8"]),
         ("runtme.serve.max_batch=1", ["$.runtme", "did you mean `runtime`?"]),
         ("name=../elsewhere", ["$.name", "'../elsewhere'"]),
         ("name=a/b", ["$.name", "'a/b'"]),

@@ -1,11 +1,15 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from ppo_episodes import TASKS, episode, policy_spec, tokens
 
-from runtime.episode import Episode
+from bridge.messages import RULES
+from runtime.episode import Decision, Episode
 from trainer.batch import Batch, BatchError, build_batch, chunk_reward
 from trainer.config import PPOConfig
 
@@ -82,6 +86,90 @@ def test_a_chunk_that_never_ran_is_no_decision() -> None:
     assert made.reward[1] == 3.5
 
 
+STARVED = np.uint8(1 << RULES.index("starved"))
+
+
+def overlapping() -> Episode:
+    """h = 4, p = 2: the second chunk was asked for at step 2 while the first played, told nothing, and began 2 late;
+    after it the robot held for a step. The third was asked for at step 5, told two actions, and began 2 late."""
+    one = episode([4, 3, 1], "success")
+    first, second, third = one.decisions
+    second.step, second.start, second.rules = 2, 2, np.array([0, 0, STARVED], np.uint8)
+    third.step, third.start, third.prefix = 5, 2, second.sent[1:]
+    for decision in one.decisions:
+        decision.first_log_prob = np.array([10, 20, 30, 40], np.float32)
+    assert first.log_prob is not None and third.log_prob is not None
+    third.log_prob[:2] = 0.0
+    return one
+
+
+def test_chunks_that_were_asked_for_while_others_played_count_by_their_slices() -> None:
+    one = overlapping()
+    spec = replace(policy_spec(), prefix_steps=2)
+    made = build_batch([one], spec, TASKS, CONFIG, tokens=tokens, age=AGES.__getitem__, max_age=2)
+    assert made.executed.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]]
+    # Four steps, three of which one was held, and the one that succeeded.
+    assert made.reward.tolist() == [-1.875, -1.75, 9.0]
+    assert made.discount.tolist() == [0.0625, 0.125, 0.5]
+    logged = [decision.log_prob for decision in one.decisions]
+    assert logged[0] is not None and logged[1] is not None
+    expected = [10 + logged[0][1:].sum(), 30 + logged[1][3], 30]
+    assert made.log_prob.tolist() == pytest.approx(expected)
+    seen, finals = made.observations, made.finals
+    assert seen.prefix is not None and seen.prefix_mask is not None
+    assert seen.prefix_mask.tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert (seen.prefix[:2] == 0).all() and (seen.prefix[2].numpy() == one.decisions[2].prefix).all()
+    assert finals.prefix is not None and finals.prefix.tolist() == [[[0, 0], [0, 0]]]
+    row = seen.rows(torch.tensor([2]))
+    assert row.prefix is not None and torch.equal(row.prefix[0], seen.prefix[2])
+    assert row.inputs[3:] == (row.prefix, row.prefix_mask)
+
+
+def test_a_chunk_that_came_when_it_was_over_has_its_steps_and_no_action() -> None:
+    one = episode([4, 2, 2])
+    second = one.decisions[1]
+    second.step, second.start, second.rules = 0, 4, np.full(2, STARVED)
+    made = batch_of(one)
+    assert made.executed.sum(dim=1).tolist() == [4, 0, 2]
+    assert made.log_prob[1] == 0 and made.discount[1] == 0.25
+
+
+def _starts(decision: Decision) -> None:
+    decision.start = 1
+
+
+def _not_held(decision: Decision) -> None:
+    decision.rules = np.array([0, STARVED, 0], np.uint8)
+
+
+def _no_rules(decision: Decision) -> None:
+    decision.rules = None
+
+
+def _told_more_than_it_waited(decision: Decision) -> None:
+    decision.prefix = np.zeros((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "prefix_steps", "message"),
+    [
+        (_starts, 2, "from 1 on, expected the action of step 4"),
+        (_not_held, 2, "at most 2 from the chunk"),
+        (_no_rules, 2, "at most 2 from the chunk"),
+        (_told_more_than_it_waited, 3, "told 3 actions and executed from 2 on"),
+        (lambda _: None, 1, "told 2 actions .* can be told 1"),
+    ],
+)
+def test_a_slice_that_does_not_fit_is_refused(
+    damage: Callable[[Decision], None], prefix_steps: int, message: str
+) -> None:
+    one = overlapping()
+    damage(one.decisions[1])
+    with pytest.raises(BatchError, match=message):
+        spec = replace(policy_spec(), prefix_steps=prefix_steps)
+        build_batch([one], spec, TASKS, CONFIG, tokens=tokens, age=AGES.__getitem__, max_age=2)
+
+
 def test_what_cannot_be_learned_from_is_refused_by_name() -> None:
     with pytest.raises(BatchError, match="e0 was aborted"):
         batch_of(episode([4], "aborted"))
@@ -93,7 +181,7 @@ def test_what_cannot_be_learned_from_is_refused_by_name() -> None:
         batch_of(mean)
     gap = episode([4, 4])
     gap.decisions[1].step = 5
-    with pytest.raises(BatchError, match="expected a decision at step 4"):
+    with pytest.raises(BatchError, match="expected the action of step 4"):
         batch_of(gap)
     with pytest.raises(BatchError, match=r"\[4, 2\], the policy gives \[3, 2\]"):
         batch_of(episode([3]), horizon=3)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from ppo_episodes import TASKS, episode, policy_spec, tokens
 from scipy.stats import multivariate_normal
 
+from runtime.inference import sample_after
 from runtime.policy import sample_chunk
 from trainer.batch import Batch, build_batch
 from trainer.buffer import DemoBuffer
@@ -230,10 +231,10 @@ SPEC = policy_spec()
 CONFIG = PPOConfig(lr=3e-3, epochs=4, minibatch=64, target_kl=1.0)
 
 
-def tiny_vla(noise_correlation: float = 0.0) -> VLA:
+def tiny_vla(noise_correlation: float = 0.0, prefix_steps: int = 0) -> VLA:
     torch.manual_seed(0)
-    config = VLAConfig(horizon_steps=4, channels=(4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8)
-    vla = VLA(config, replace(SPEC, noise_correlation=noise_correlation))
+    config = VLAConfig(4, (4, 4), width=32, text_width=8, vocabulary=300, max_tokens=8, prefix_steps=prefix_steps)
+    vla = VLA(config, replace(SPEC, noise_correlation=noise_correlation, prefix_steps=prefix_steps))
     vla.set_state_statistics(torch.zeros(2), torch.ones(2))
     return vla
 
@@ -298,6 +299,33 @@ def test_update_moves_the_executed_actions_to_where_the_advantage_is(rho: float)
         assert result.gradient_steps > 0
     last = float(distance(sampled_batch(vla, [4] * 128, 99)).mean())
     assert last < 0.5 * first
+
+
+def test_update_learns_what_follows_from_what_is_committed() -> None:
+    vla = tiny_vla(0.5, prefix_steps=2)
+    optimiser = torch.optim.Adam(vla.parameters(), lr=CONFIG.lr)
+
+    def drawn(seed: int) -> tuple[Batch, torch.Tensor]:
+        """Slices of the last two actions, and how far they are from the first action that was told."""
+        batch = sampled_batch(tiny_vla(), [4] * 128, seed)
+        rng = np.random.default_rng(seed)
+        seen = batch.observations
+        seen.prefix = torch.from_numpy(rng.choice([-0.5, 0.5], (128, 2, 2)).astype(np.float32))
+        seen.prefix_mask = torch.ones(128, 2)
+        batch.executed[:, :2] = 0
+        with torch.no_grad():
+            mean, log_std = vla(*seen.inputs)
+            chunks = zip(seen.prefix.numpy(), mean.numpy(), log_std.numpy(), strict=True)
+            batch.actions = torch.from_numpy(np.stack([sample_after(p, m, s, 0.5, rng) for p, m, s in chunks]))
+            batch.log_prob = executed_log_prob(batch.actions, mean, log_std, batch.executed, 0.5)
+        return batch, (batch.actions[:, 2:] - seen.prefix[:, :1]).square().sum(dim=(1, 2))
+
+    first = float(drawn(0)[1].mean())
+    for i in range(25):
+        batch, distance = drawn(i)
+        assert run_update(vla, batch, -distance.double().numpy(), optimiser=optimiser) is not None
+    # Whoever ignored what was told could at best stay in the middle.
+    assert float(drawn(99)[1].mean()) < 0.75 * first
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.8])
@@ -404,6 +432,27 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
     run_update(correlated, batch, np.zeros(64), w=0.0, c=1.0, buffer=buffer, config=config)
     for mine, other in zip(vla.parameters(), correlated.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_a_demonstration_is_cloned_after_the_part_of_it_that_is_told() -> None:
+    """Demonstrations go on as they begin, whatever is seen; only who is told how they begin can do as they do."""
+    vla, buffer = tiny_vla(prefix_steps=2), DemoBuffer(BufferConfig(), TASKS)
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        one = episode([1] * 4, name=f"d{i}", seed=i)
+        action = rng.choice([-0.5, 0.5], 2).astype(np.float32)
+        for decision in one.decisions:
+            decision.sent = action[None]
+        buffer.seed("left", f"d{i}", 4, ("expert",), cloning_samples(one, 4, tokens("")))
+    batch = sampled_batch(tiny_vla(), [4] * 64, 0)
+    batch.observations.prefix, batch.observations.prefix_mask = torch.zeros(64, 2, 2), torch.zeros(64, 2)
+    config = PPOConfig(lr=1e-2, epochs=60, minibatch=64, target_kl=1e9)
+    assert run_update(vla, batch, np.zeros(64), w=0.0, c=1.0, buffer=buffer, config=config) is not None
+    told = torch.from_numpy(rng.choice([-0.5, 0.5], (64, 1, 2)).astype(np.float32)).expand(-1, 2, -1)
+    seen = batch.observations
+    with torch.no_grad():
+        mean, _ = vla(seen.images, seen.state, seen.tokens, told, torch.ones(64, 2))
+    assert float((mean[:, 2:] - told).abs().mean()) < 0.25  # 0.5 in the middle
 
 
 def test_an_anchor_holds_the_policy_where_the_frozen_one_is() -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from ppo_episodes import TASKS, episode, policy_spec, tokens
 
 from trainer.batch import Batch, build_batch
@@ -42,6 +43,29 @@ def test_tells_tasks_apart() -> None:
     optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3)
     loss = fit(critic, optimiser, batch, target, epochs=30, rng=np.random.default_rng(0), stopped=lambda: False)
     assert loss < 0.05
+
+
+def test_sees_what_is_committed() -> None:
+    spec = replace(policy_spec(), prefix_steps=2)
+    made = [episode([4, 4, 2], name=f"e{i}", seed=i) for i in range(40)]
+    for one in made:
+        for decision in one.decisions[1:]:
+            # The second and third were asked for two steps before the end of the one before.
+            decision.step, decision.start = decision.step - 2, 2
+            decision.sent, decision.rules = np.resize(decision.sent, (2, 2)), None
+        one.decisions[2].step = 4
+        one.decisions[1].prefix, one.decisions[2].prefix = (one.decisions[i].sent[-2:] for i in (0, 1))
+    batch = build_batch(made, spec, TASKS, PPOConfig(), tokens=tokens, age=lambda _: 0, max_age=0)
+    seen = batch.observations
+    assert seen.prefix is not None and seen.prefix_mask is not None
+    target = (seen.prefix[:, 1, 1] + seen.prefix_mask[:, 1]).double().numpy()
+    torch.manual_seed(0)
+    critic = Critic(spec, 1, len(TASKS))
+    critic.set_statistics(seen)
+    optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    fit(critic, optimiser, batch, target, epochs=30, rng=np.random.default_rng(0), stopped=lambda: False)
+    assert explained_variance(values(critic, seen), target) > 0.8
+    assert len(values(critic, batch.finals)) == 40
 
 
 def test_statistics_are_those_of_the_first_batch_and_travel_with_the_weights() -> None:

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from vla_samples import CONFIG, SPEC, arguments, observations, small_vla, tokenizer
+from vla_samples import (
+    CONFIG,
+    SPEC,
+    TOLD_CONFIG,
+    TOLD_SPEC,
+    arguments,
+    observations,
+    small_vla,
+    tokenizer,
+    told_vla,
+)
 
 import trainer
 from bridge.backend import VectorSpec
@@ -115,6 +125,41 @@ def test_a_policy_without_cameras_and_state(tmp_path: Path) -> None:
     mean, _ = Policy.load(tmp_path / version).infer({"tokens": arrays["tokens"][:1]})
     assert np.allclose(mean, vla(*arguments(arrays))[0][:1].detach(), atol=1e-5)
     load_weights(small_vla(spec, seed=3), bundle)
+
+
+def test_a_policy_that_is_told_what_is_committed(tmp_path: Path) -> None:
+    vla, probe = told_vla(), observations(4, TOLD_SPEC)
+    assert {int(row.sum()) for row in probe["prefix_mask"]} == {0, 1, 2}
+    version = Exporter(vla, tokenizer(), probe).publish(tmp_path, parent="", made={})
+    bundle, policy = read_bundle(tmp_path / version), Policy.load(tmp_path / version)
+    assert bundle.spec.prefix_steps == 2 and set(bundle.probe_inputs) > {"prefix", "prefix_mask"}
+    for batch in (1, 5):
+        arrays = observations(batch, TOLD_SPEC, seed=7)
+        mean, _ = policy.infer(arrays)
+        assert np.abs(mean - vla(*arguments(arrays))[0].detach().numpy()).max() < 1e-5
+    other = small_vla(TOLD_SPEC, TOLD_CONFIG, seed=3)
+    load_weights(other, bundle)
+    assert torch.equal(other.prefix.weight, vla.prefix.weight)
+    # One that cannot be told so much, or nothing, is another network.
+    one = replace(TOLD_CONFIG, prefix_steps=1)
+    for less in (small_vla(), small_vla(replace(TOLD_SPEC, prefix_steps=1), one)):
+        with pytest.raises(BundleError, match=r"\$\.prefix_steps is 2"):
+            load_weights(less, bundle)
+
+
+def test_a_version_that_is_told_nothing_can_be_gone_on_from_by_one_that_is(
+    exporter: Exporter, vla: VLA, tmp_path: Path
+) -> None:
+    bundle = read_bundle(tmp_path / exporter.publish(tmp_path, parent="", made={}))
+    told, arrays = told_vla(seed=5), observations(4, TOLD_SPEC)
+    load_weights(told, bundle)
+    assert told.spec.prefix_steps == 2 and not told.prefix.weight.any()
+    with torch.no_grad():
+        assert torch.equal(told(*arguments(arrays))[0], vla(*arguments(arrays)[:3])[0])
+    # Nothing else may be missing.
+    del bundle.weights["head.bias"]
+    with pytest.raises(BundleError, match=r"differ in head\.bias"):
+        load_weights(told_vla(), bundle)
 
 
 def test_what_must_not_be_exported_is_refused(exported: Exporter) -> None:

@@ -9,19 +9,24 @@ import pytest
 import torch
 from msgspec.structs import replace
 from ppo_robot import BACKEND, CONFIG, Robot, prepared_run
+from vla_samples import INSTRUCTIONS, TOLD_SPEC, observations, tokenizer, told_vla
 
+from bridge.backend import Observation
 from bridge.backends import make_backend
 from bridge.config import BridgeConfig
 from bridge.drive import drive as drive_bridge
+from bridge.messages import observation_tensors
 from runtime.bundle import PARTS, read_bundle, write_bundle
+from runtime.episode import FORMAT, Decision, Episode, EpisodeStart
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex
+from runtime.inference import Pending, decide
 from runtime.policy import Policy
 from runtime.reading import read_episode
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.batch import Batch, build_batch
-from trainer.export import load_weights
+from trainer.export import Exporter, load_weights
 from trainer.ratio import Behaviours, RatioError, check_ratio, probe_difference
 from trainer.vla import VLA
 
@@ -110,6 +115,83 @@ def test_correlated_noise_agrees_through_the_real_server(
     # Were the noise taken for white, the gap would be far above what is tolerated.
     vla.spec = white.spec
     behaviours.remember(version, vla)
+    with pytest.raises(RatioError):
+        check_ratio(batch, behaviours, np.random.default_rng(0))
+
+
+def told_episode(policy: Policy, number: int) -> Episode:
+    """Chunks of 3 that are asked for one and two steps before the end of the one before, and told these actions."""
+    name, rows = f"{number:032x}", observations(4, TOLD_SPEC, seed=number)
+    cameras = {camera.name: rows[f"image/{camera.name}"] for camera in TOLD_SPEC.cameras}
+    seen = [Observation({name: rows[i] for name, rows in cameras.items()}, rows["state"][i]) for i in range(4)]
+    decisions: list[Decision] = []
+    for i, (step, told, k) in enumerate([(0, 0, 2), (1, 1, 2), (2, 2, 1)]):
+        prefix = np.concatenate([decision.sent for decision in decisions])[step:] if told else None
+        pending = Pending(
+            identity=b"",
+            session="",
+            request=i,
+            episode=name,
+            decision=i + 1,
+            step=step,
+            instruction=INSTRUCTIONS[0],
+            tensors={**observation_tensors(seen[i]), **({} if prefix is None else {"prefix": prefix})},
+            explore=True,
+            arrived_s=0.0,
+        )
+        (decided,) = decide(policy, [pending])
+        assert not decided.error
+        decisions.append(
+            Decision(
+                number=i + 1,
+                step=step,
+                version=policy.version,
+                observation=seen[i],
+                actions=decided.actions,
+                sent=decided.actions[told : told + k],
+                reward=np.zeros(k, np.float32),
+                start=told,
+                prefix=prefix,
+                log_prob=decided.log_probs["log_prob"],
+                first_log_prob=decided.log_probs["first_log_prob"],
+            )
+        )
+    start = EpisodeStart(
+        format=FORMAT,
+        episode=name,
+        task="open",
+        instruction=INSTRUCTIONS[0],
+        seed=0,
+        source="policy",
+        explore=True,
+        client="test",
+        spec=SPEC,
+        started_unix_s=0.0,
+    )
+    return Episode(start, decisions, "success", 5, final=seen[3])
+
+
+def test_slices_of_a_policy_that_is_told_what_is_committed_agree(tmp_path: Path) -> None:
+    vla = told_vla()
+    vla.spec = replace(TOLD_SPEC, noise_correlation=0.5)
+    version = Exporter(vla, tokenizer(), observations(4, TOLD_SPEC)).publish(tmp_path, parent="", made={})
+    policy = Policy.load(tmp_path / version)
+    behaviours = Behaviours(tmp_path, vla, 3)
+    behaviours.set_history([version])
+    batch = build_batch(
+        [told_episode(policy, number) for number in range(1, 9)],
+        policy.spec,
+        ("open",),
+        CONFIG.ppo,
+        tokens=policy.tokens,
+        age=behaviours.age,
+        max_age=2,
+    )
+    assert batch.executed[:3].tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert check_ratio(batch, behaviours, np.random.default_rng(0)) < 1e-3
+    prefix = batch.observations.prefix
+    assert prefix is not None
+    prefix += 0.5
     with pytest.raises(RatioError):
         check_ratio(batch, behaviours, np.random.default_rng(0))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec
 from runtime.episode import FORMAT, Decision, Episode, EpisodeStart
-from trainer.samples import cloning_samples, random_shift
+from trainer.samples import cloning_samples, random_prefix, random_shift
 
 SPEC = BackendSpec(
     name="fake",
@@ -64,6 +64,38 @@ def test_targets_run_on_over_the_following_decisions() -> None:
     assert samples.target[1].tolist() == [sent_at(2), sent_at(3), sent_at(4)]
     assert samples.target[2].tolist() == [sent_at(5), [0, 0], [0, 0]]
     assert samples.tokens.tolist() == [[7, 8]] * 3
+
+
+def test_a_chunk_that_began_late_was_sent_where_it_began() -> None:
+    # Asked for at step 2 while the first of 4 played; its actions from the third on were sent at 4 and 5.
+    late = episode([(0, 4), (2, 2)], 4)
+    late.decisions[1].start, late.decisions[1].sent = 2, np.array([sent_at(4), sent_at(5)], np.float32)
+    samples = cloning_samples(late, 4)
+    assert samples.target.tolist() == [[sent_at(step) for step in range(first, first + 4)] for first in (0, 2)]
+    assert samples.mask.all()
+
+
+def test_a_random_delay_is_told_and_the_rest_is_imitated() -> None:
+    h, p, known = 5, 3, torch.tensor([5, 2, 1, 0]).repeat(500)
+    target = torch.arange(1.0, 2000 * h * 2 + 1).reshape(2000, h, 2)
+    mask = (torch.arange(h) < known[:, None]).float()
+    mask[known == 0, 3] = 1.0  # after a gap: it can be imitated, but nothing before it can be told
+    mask[known == 2, 4] = 1.0
+    target = target * mask[..., None]
+    prefix, prefix_mask, left = random_prefix(target, mask, p, torch.Generator().manual_seed(0))
+    assert prefix is not None and prefix_mask is not None
+    assert prefix.shape == (2000, p, 2) and prefix_mask.shape == (2000, p)
+    delay = prefix_mask.sum(dim=1).long()
+    assert torch.equal(prefix_mask, (torch.arange(p) < delay[:, None]).float())
+    assert torch.equal(prefix, target[:, :p] * prefix_mask[..., None])
+    assert torch.equal(left, mask * (torch.arange(h) >= delay[:, None]))
+    # 0 to 3 equally often where the whole target is known; at most what leaves an action to imitate elsewhere.
+    counts = torch.bincount(delay[known == 5], minlength=4)
+    assert len(counts) == 4 and counts.min() > 90
+    assert delay[known == 2].unique().tolist() == [0, 1] and not delay[known <= 1].any()
+    again = random_prefix(target, mask, p, torch.Generator().manual_seed(0))
+    assert again[0] is not None and torch.equal(again[0], prefix)
+    assert random_prefix(target, mask, 0, torch.Generator()) == (None, None, mask)
 
 
 @given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 9), st.sampled_from([0, 3]))

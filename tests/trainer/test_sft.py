@@ -241,6 +241,45 @@ def test_from_a_base_it_keeps_what_was_learned_and_explores_as_asked(
     assert not np.allclose(own, base.weights["state_mean"], atol=1e-4)
 
 
+def test_a_policy_that_is_told_what_is_committed_learns_to_go_on_from_it(
+    tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
+) -> None:
+    base = read_bundle(finished[0].policies / finished[1])
+    config = replace(CONFIG, vla=replace(CONFIG.vla, prefix_steps=2), sft=replace(CONFIG.sft, steps=70))
+    run = new_run(tmp_path / "run", demos)
+    (tmp_path / "stopped").mkdir()
+    stopped = new_run(tmp_path / "stopped" / "run", demos)
+    version = train(run, config, start=base.path)
+    assert version is not None
+    bundle = read_bundle(run.policies / version)
+    assert bundle.spec.prefix_steps == 2 and bundle.weights["prefix.weight"].any()
+    assert sorted(bundle.probe_inputs["prefix_mask"].sum(axis=1).tolist()) == [0, 0, 1, 1, 1, 1, 2, 2]
+    # The delays are drawn again after a stop.
+    assert train(stopped, config, start=base.path, stop_at=40) is None
+    assert train(stopped, config, start=base.path) == version
+    # Told what the demonstration did first it goes on as that did; told the opposite it does not.
+    policy = Policy.load(run.policies / version)
+    index = EpisodeIndex(demos)
+    rows = demo_rows(index, "reach", config.demos)
+    parts = [
+        cloning_samples(read_episode(index.path(row)), 4, policy.tokens("move the dot to the square")) for row in rows
+    ]
+    whole = [part.mask.all(axis=1) for part in parts]
+    images = np.concatenate([part.images["top"][rows] for part, rows in zip(parts, whole, strict=True)])
+    state, tokens, target = (
+        np.concatenate([getattr(part, name)[rows] for part, rows in zip(parts, whole, strict=True)])
+        for name in ("state", "tokens", "target")
+    )
+    seen = {"image/top": images, "state": state, "tokens": tokens}
+
+    def error(prefix: np.ndarray) -> float:
+        mask = np.ones(prefix.shape[:2], np.float32)
+        mean, _ = policy.infer({**seen, "prefix": prefix, "prefix_mask": mask})
+        return float(((mean - target)[:, 2:] ** 2).mean())
+
+    assert error(target[:, :2]) < 0.5 * error(-target[:, :2])
+
+
 def test_another_base_starts_anew_and_one_of_another_network_is_refused(
     tmp_path: Path, demos: Path, finished: tuple[RunDir, str]
 ) -> None:

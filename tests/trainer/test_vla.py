@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
-from vla_samples import CONFIG, SPEC, arguments, observations, small_vla
+from vla_samples import CONFIG, SPEC, TOLD_CONFIG, TOLD_SPEC, arguments, observations, small_vla, told_vla
 
 from bridge.backend import CameraSpec, VectorSpec
 from runtime import policy
-from trainer.vla import VLA, ImageEncoder, VLAError, log_prob
+from trainer.vla import VLA, ImageEncoder, VLAError, committed, log_prob
 
 torch.set_num_threads(1)
 
@@ -37,24 +37,50 @@ def test_a_fresh_policy_starts_near_the_middle() -> None:
     assert ((mean - vla.center) / vla.half_range).abs().max() < 0.3
 
 
-def test_every_weight_matters() -> None:
-    vla = small_vla()
-    mean, log_std = vla(*arguments(observations(16)))
+@pytest.mark.parametrize("vla", [small_vla(), told_vla()])
+def test_every_weight_matters(vla: VLA) -> None:
+    mean, log_std = vla(*arguments(observations(16, vla.spec)))
     (mean.square().sum() + log_std.sum()).backward()
     for name, parameter in vla.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name", ["image/wrist", "image/corner", "state", "tokens"])
+@pytest.mark.parametrize("name", ["image/wrist", "image/corner", "state", "tokens", "prefix", "prefix_mask"])
 def test_every_input_matters_to_its_own_row_only(name: str) -> None:
-    vla = small_vla()
-    before = observations(3)
+    vla = told_vla()
+    before = observations(3, TOLD_SPEC)
     after = {key: array.copy() for key, array in before.items()}
     after[name][1] = before[name][2] if name != "tokens" else before[name][0]
     with torch.no_grad():
         change = (vla(*arguments(after))[0] - vla(*arguments(before))[0]).abs().amax((1, 2))
     assert change[1] > 1e-4
     assert change[0] < 1e-5 and change[2] < 1e-5
+
+
+def test_what_is_committed_counts_in_half_ranges_and_only_where_the_mask_is() -> None:
+    center, half_range = torch.tensor([0.0, 5.0]), torch.tensor([1.0, 5.0])
+    prefix = torch.tensor([[[0.5, 10.0], [-1.0, 2.5], [0.0, 0.0]]])
+    read = committed(prefix, torch.tensor([[1.0, 1.0, 0.0]]), center, half_range)
+    assert read.tolist() == [[0.5, 1.0, -1.0, -0.5, 0.0, 0.0, 1.0, 1.0, 0.0]]
+    # The middle of the range is committed in one row, nothing in the other.
+    arrays = observations(2, TOLD_SPEC)
+    arrays["prefix"][:] = [[[0, 5], [0, 5]], [[0, 0], [0, 0]]]
+    arrays["prefix_mask"][:] = [[1, 1], [0, 0]]
+    for name in ("image/wrist", "image/corner", "state", "tokens"):
+        arrays[name][1] = arrays[name][0]
+    vla = told_vla()
+    with torch.no_grad():
+        mean, _ = vla(*arguments(arrays))
+        none, _ = vla(*arguments(arrays)[:3])
+    assert (mean[0] - mean[1]).abs().max() > 1e-3
+    assert torch.allclose(mean[1], none[1], atol=1e-6)
+
+
+def test_at_first_what_is_told_changes_nothing() -> None:
+    vla, never, arrays = small_vla(TOLD_SPEC, TOLD_CONFIG), small_vla(), observations(8, TOLD_SPEC)
+    never.load_state_dict(vla.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(vla(*arguments(arrays))[0], never(*arguments(arrays)[:3])[0])
 
 
 def test_where_a_thing_is_matters() -> None:
@@ -109,6 +135,7 @@ def test_state_statistics() -> None:
     [
         ({"horizon": 4}, "horizon 4"),
         ({"tokens": 9}, "9 tokens"),
+        ({"prefix_steps": 1}, "prefix_steps 1"),
         ({"action": replace(SPEC.action, high=(1.0, math.inf))}, "finite limits"),
         ({"action": replace(SPEC.action, high=(1.0, 0.0))}, "low < high"),
         ({"cameras": (CameraSpec("tiny", 3, 16),)}, "images of 3x16"),
@@ -175,6 +202,16 @@ def test_log_prob_is_torchs_and_the_runtimes(rho: float) -> None:
     assert torch.allclose(mine.sum(1), theirs, atol=1e-3)
     runtimes = policy.log_prob(actions.numpy(), mean.numpy(), log_std.numpy(), rho)
     assert np.allclose(mine, runtimes, rtol=1e-4, atol=1e-4)
+
+
+def test_an_action_that_counts_by_itself_has_its_marginal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    actions, mean, log_std = (torch.randn(2, 4, 3, generator=generator) for _ in range(3))
+    first = torch.tensor([[True, False, False, True], [True, False, True, False]])
+    got = log_prob(actions, mean, log_std, 0.6, first)
+    given = policy.log_prob(actions.numpy(), mean.numpy(), log_std.numpy(), 0.6)
+    alone = policy.first_log_prob(actions.numpy(), mean.numpy(), log_std.numpy())
+    assert np.allclose(got, np.where(first, alone, given), rtol=1e-4, atol=1e-4)
 
 
 def test_log_prob_has_the_gradients_of_a_gaussian() -> None:

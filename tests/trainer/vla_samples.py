@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -11,6 +12,7 @@ from bridge.backend import ActionSpec, CameraSpec, VectorSpec
 from runtime.bundle import FORMAT, PolicySpec
 from runtime.policy import encode
 from trainer.config import VLAConfig
+from trainer.export import ARGUMENTS, probe_prefixes
 from trainer.tokens import build_tokenizer
 from trainer.vla import VLA
 
@@ -27,6 +29,18 @@ SPEC = PolicySpec(
     horizon=3,
     tokens=8,
 )
+
+
+# The same, told up to two committed actions.
+TOLD_CONFIG = replace(CONFIG, prefix_steps=2)
+TOLD_SPEC = replace(SPEC, prefix_steps=2)
+
+
+def told_vla(seed: int = 0) -> VLA:
+    """`small_vla` with a prefix, and weights of it that make it visible in the output."""
+    vla = small_vla(TOLD_SPEC, TOLD_CONFIG, seed)
+    torch.nn.init.normal_(vla.prefix.weight, generator=torch.Generator().manual_seed(seed))
+    return vla
 
 
 def small_vla(spec: PolicySpec = SPEC, config: VLAConfig = CONFIG, seed: int = 0) -> VLA:
@@ -55,10 +69,13 @@ def observations(batch: int, spec: PolicySpec = SPEC, seed: int = 0) -> dict[str
     }
     arrays["state"] = rng.normal(0, 2, (batch, len(spec.state.names))).astype(np.float32)
     arrays["tokens"] = np.stack([encode(words, INSTRUCTIONS[i % 2], CONFIG.max_tokens) for i in range(batch)])
+    if spec.prefix_steps:
+        actions = rng.uniform(spec.action.low, spec.action.high, (batch, spec.horizon, len(spec.action.names)))
+        arrays |= probe_prefixes(actions.astype(np.float32), spec.prefix_steps)
     return arrays
 
 
-def arguments(arrays: dict[str, NDArray[Any]]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def arguments(arrays: dict[str, NDArray[Any]]) -> list[Any]:
     """The same as arguments of the VLA."""
     images = {n.removeprefix("image/"): torch.from_numpy(a) for n, a in arrays.items() if n.startswith("image/")}
-    return images, torch.from_numpy(arrays["state"]), torch.from_numpy(arrays["tokens"])
+    return [images, *(torch.from_numpy(arrays[name]) for name in ARGUMENTS if name in arrays)]
