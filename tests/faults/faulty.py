@@ -76,8 +76,6 @@ class Dot(Noted, Point):
                 seen.images = {name: image.astype(np.float32) for name, image in seen.images.items()}
             case "nan":
                 seen.state = seen.state * np.float32(np.nan)
-            case "camera":
-                seen.images = {}
         return seen
 
     def apply(self, action: Float32) -> Float32:

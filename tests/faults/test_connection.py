@@ -50,7 +50,7 @@ def test_a_lost_runtime_costs_one_episode_and_the_robot_goes_on_when_told(scene:
     assert scene.notes[-1] == ["stop"] and list(scene.applied)[-1] == lost
     scene.tell("reset")
     until(lambda: list(scene.applied)[-1] != lost, "the next episode")
-    scene.moves_on("the next episode", 25)
+    scene.moves_on("the next episode")
     scene.tell("end")
     until(lambda: len(scene.applied) == 3, "the episode after it")
     scene.moves_on("the episode after it")

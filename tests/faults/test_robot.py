@@ -21,9 +21,8 @@ def test_a_wrong_observation_costs_the_episode_and_is_named_and_a_lasting_one_st
     wrong = {
         "shape": "tensors.state: is <f4[1], expected <f4[2]",
         "dtype": "tensors.image/top: is <f4[8, 8, 3], expected |u1[8, 8, 3]",
-        "nan": "tensors.state: holds a value that is not finite",
-        "camera": "tensors.image/top: missing from the observation",
     }
+    lasting = "tensors.state: holds a value that is not finite"
     for number, (fault, field) in enumerate(wrong.items(), start=1):
         scene.moves_on("the robot to drive", 3)
         scene.fault_path.write_text(fault)
@@ -43,7 +42,7 @@ def test_a_wrong_observation_costs_the_episode_and_is_named_and_a_lasting_one_st
     until(lambda: "stopped: " in scene.said, "the robot to be stopped for good")
     assert [warning[-5:] for warning in scene.warnings[len(wrong) : -1]] == ["(1/3)", "(2/3)", "(3/3)"]
     assert scene.count("connect") == MAX_FAULTS, "from the second time on the backend is connected anew"
-    why = f"what point observes is not as its spec says: {wrong['nan']}"
+    why = f"what point observes is not as its spec says: {lasting}"
     until(lambda: scene.state() == f"stopped: {why}", "the runtime to know why")
     scene.fault_path.write_text("")
     scene.tell("reset")
@@ -53,7 +52,7 @@ def test_a_wrong_observation_costs_the_episode_and_is_named_and_a_lasting_one_st
     scene.stop(runtime)
     episodes = scene.episodes()
     reasons = [episode.reason for episode in episodes if episode.status == "aborted"]
-    assert [reason.partition("says: ")[2] for reason in reasons] == [*wrong.values(), wrong["nan"], ""]
+    assert [reason.partition("says: ")[2] for reason in reasons] == [*wrong.values(), lasting, ""]
     assert reasons[-1] == "the bridge was told to leave"
     # Not one of the steps until then is missing.
     applied = scene.applied
@@ -82,15 +81,16 @@ def test_a_wall_clock_that_jumps_by_hours_changes_nothing(scene: Scene, monkeypa
     offset.write_text("0")
     monkeypatch.setenv("CLOCK_OFFSET", str(offset))
     scene.python_path.insert(0, str(Path(__file__).parent / "jumping_clock"))
-    scene.deploy_dot(safety=CALM, merge="switch", horizon_steps=30)
-    runtime, robot = scene.serve(), scene.drive("--episodes", "4")
+    scene.deploy_dot(safety=CALM, merge="switch", horizon_steps=15)
+    runtime, robot = scene.serve(), scene.drive()
     for hours in (3, -5, 1000, -1000):
-        scene.moves_on("the robot to drive", 20)
         offset.write_text(str(3600 * hours))
-    assert robot.wait(60) == 0, scene.said
+        scene.moves_on("the robot to drive", 20)
+    scene.stop(robot)
     scene.stop(runtime)
     assert [line for line in scene.warnings if "holding" in line or "stopped" in line or "given up" in line] == []
     episodes = scene.episodes()
-    assert [(episode.status, episode.steps) for episode in episodes] == [("timeout", 30)] * 4
+    ended = [(episode.status, episode.steps) for episode in episodes if episode.status != "aborted"]
+    assert len(ended) >= 4 and set(ended) == {("timeout", 15)} and len(episodes) <= len(ended) + 1
     started_s = [episode.start.started_unix_s for episode in episodes]
     assert max(started_s) - min(started_s) > 3600, "the processes have seen the jumps"
