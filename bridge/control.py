@@ -11,21 +11,36 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from bridge.backend import Backend, Float32, Status
+from bridge.backend import Backend, BackendError, Float32, Status
 from bridge.chunks import BLEND_STEPS, Chunks, Plan, StepReport
-from bridge.client import PolicyClient
+from bridge.client import PolicyClient, SilentError
 from bridge.config import BridgeConfig
+from bridge.errors import FieldtuneError
 from bridge.guard import Guard
-from bridge.messages import Assignment, Chunk, EndEpisode, Ending, Infer, Welcome, WireError, observation_tensors
+from bridge.messages import (
+    Arrays,
+    Assignment,
+    Chunk,
+    EndEpisode,
+    Ending,
+    EpisodeStored,
+    Infer,
+    Welcome,
+    WireError,
+    check_observation,
+    observation_tensors,
+)
 from bridge.pacing import Pacer, Ticks
 from bridge.safety import HELD, STARVED
 
 PAUSED_S = 0.02  # between two looks at a paused simulator
+TELL_S = 2.0  # for the runtime to hear why an episode is given up
 RECENT_DELAYS = 10  # chunks whose delays say for how many steps to commit
 End = Literal["success", "failure", "timeout"]
 ENDINGS: dict[Ending, tuple[End, str]] = {
@@ -73,11 +88,13 @@ def run_episode(
     stopped: Callable[[], bool],
     config: BridgeConfig,
 ) -> EpisodeReport | None:
-    """Drive one episode to its end; None if `stopped` came first (the runtime then keeps it as aborted).
+    """Drive one episode to its end; None if `stopped` came first (the runtime then keeps it as aborted, as it does what
+    ends in an error, with the reason where it can still be told).
 
     Every action executed is one of a chunk of this episode, at the index that its environment step has from the
-    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` raises, and `StoppedError`; the
-    backend has been stopped by then.
+    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` and the backend raise, also a
+    `BackendError` for an observation that is not as its spec says, and `StoppedError`; the backend has been stopped by
+    then.
     """
     return _Run(backend, client, welcome, assignment, guard, stopped, config).run()
 
@@ -125,7 +142,7 @@ class _Run:
             while status == "running":
                 self._wait_while_paused()
                 if self.stopped():
-                    self._give_up()
+                    self._give_up("the bridge was told to leave")
                     return None
                 if guard.ending and self.step:
                     status, reason = ENDINGS[guard.ending]
@@ -137,8 +154,11 @@ class _Run:
                 if status == "running" and self.step >= assignment.horizon_steps:
                     status = "timeout"
             end_request = self._end(status, reason)
-        except BaseException:
-            self._give_up()
+        except BaseException as error:
+            # A runtime that is silent cannot hear why, and of a stop it hears from the guarding thread.
+            known = isinstance(error, SilentError) or guard.halted
+            why = str(error) if isinstance(error, FieldtuneError) else f"{type(error).__name__}: {error}"
+            self._give_up("" if known else why)
             raise
         return EpisodeReport(status, self.step, self.decisions, self.ticks, tuple(self.versions), end_request)
 
@@ -171,7 +191,7 @@ class _Run:
 
     def _ask(self) -> None:
         observed_s = self.guard.clock()
-        tensors = observation_tensors(self.guard.observe())
+        tensors = self._observe()
         left = self.chunks.left(self.step)
         delay_steps = 0 if self.still else int(self.random.integers(self.delay_steps + 1))
         committed = 0
@@ -186,12 +206,20 @@ class _Run:
         self.decisions += 1
         self.asked = _Asked(request, self.step, observed_s, committed, delay_steps)
 
+    def _observe(self) -> Arrays:
+        tensors = observation_tensors(self.guard.observe())
+        try:
+            check_observation(tensors, self.backend.spec)
+        except WireError as error:
+            raise BackendError(f"what {self.backend.spec.name} observes is not as its spec says: {error}") from error
+        return tensors
+
     def _take(self, asked: _Asked) -> None:
         """Take a chunk, waiting for it where that is allowed."""
+        self.asked = None
         started_s = time.monotonic()
         chunk, arrays = self.client.collect(asked.request, Chunk)
         self.ticks.wait_s += time.monotonic() - started_s
-        self.asked = None
         self.guard.heard()
         actions = checked_actions(chunk, arrays, self.assignment.episode, len(self.backend.spec.action.names))
         self.versions[chunk.version] = None
@@ -258,7 +286,7 @@ class _Run:
 
     def _end(self, status: End, reason: str) -> int:
         """Report the end; the id of the request. It is posted: the disk may take its time, the robot goes on."""
-        final = observation_tensors(self.guard.observe())
+        final = self._observe()
         self.guard.rest(stop=self.backend.spec.paced)
         if self.asked is not None:
             # The runtime is still at it; what it sends will not be played.
@@ -275,10 +303,25 @@ class _Run:
         )
         return self.client.post(message, {**final, **report})
 
-    def _give_up(self) -> None:
+    def _give_up(self, reason: str) -> None:
+        """Stop the robot; then tell the runtime why, and what was executed until then."""
         self.guard.rest(stop=True)
         if self.asked is not None:
             self.client.forget(self.asked.request)
+        if not reason or not self.decisions:
+            return
+        played, report = self.report.take()
+        message = EndEpisode(
+            session=self.welcome.session,
+            episode=self.assignment.episode,
+            status="aborted",
+            steps=self.step,
+            played=played,
+            reason=reason,
+        )
+        # It is kept as aborted in any case, with less to say about it.
+        with suppress(FieldtuneError):
+            self.client.request(message, EpisodeStored, report, timeout_s=TELL_S)
 
 
 def checked_actions(chunk: Chunk, arrays: dict[str, Float32], episode: str, d: int) -> Float32:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from bridge.backend import Backend
+from bridge.backend import Backend, BackendError
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig, ConfigError
 from bridge.control import EpisodeReport, run_episode
@@ -20,6 +20,8 @@ from bridge.watch import Watcher
 # Refusals after which a new session can go on; anything else would be refused again.
 RECOVERABLE = ("session", "episode", "replayed", "internal")
 MAX_FAILURES = 10  # in a row, before the worker leaves with the error: something is wrong that waiting does not mend
+MAX_FAULTS = 3  # in a row of a robot's backend, before it stays stopped until it is reset
+FAULT_PAUSE_S = 1.0  # before it is tried again
 LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 
 
@@ -50,14 +52,19 @@ def drive(
 
     When the runtime falls silent or refuses in mid-episode the backend is stopped, the episode is given up (the runtime
     keeps it as aborted) and the worker says hello again for at most `give_up_after_s`; then `SilentError` is raised.
-    A robot that was stopped takes no episode until the operator has reset it. `guard` is given by whoever hears the
-    operator at this computer. Raises `ConfigError` for safety limits that are missing or loosened.
+    A robot that was stopped takes no episode until the operator has reset it. One whose backend fails gives the episode
+    up and tries the next one, from the second failure in a row on with the backend connected anew; after `MAX_FAULTS`
+    it is stopped. What fails in a simulator, or in the first `connect`, is raised.
+
+    `guard` is given by whoever hears the operator at this computer. Raises `ConfigError` for safety limits that are
+    missing or loosened.
     """
     guard = guard or Guard(backend, config.safety, warn=warn)
     watcher = Watcher(guard, client.endpoint, client=client.client, keys=client.keys)
     summary = DriveSummary()
     welcome: Welcome | None = None
-    failures = 0
+    failures = faults = 0
+    connected = True
     unstored: deque[tuple[EpisodeReport, Assignment]] = deque()
 
     def settle(most: int) -> None:
@@ -103,6 +110,10 @@ def drive(
                     settle(0)
                     time.sleep(LOOK_S)
                     continue
+                if not connected:
+                    backend.close()
+                    backend.connect()
+                    connected = True
                 answer, _ = client.ask(NextEpisode(session=welcome.session))
                 if isinstance(answer, NoEpisode):
                     settle(0)
@@ -123,6 +134,22 @@ def drive(
                 # The guard has said why. The runtime closes the episode when it hears of the stop.
                 summary.dropped_episodes += 1
                 continue
+            except BackendError as error:
+                summary.dropped_episodes += driving
+                if guard.halted:
+                    continue  # it was stopped in the middle of a call
+                if not backend.spec.paced:
+                    raise
+                faults += 1
+                # The first time it may have been a moment's trouble; an arm whose device is closed may fall.
+                connected = faults == 1
+                if faults > MAX_FAULTS:
+                    faults = 0
+                    guard.stop(str(error))
+                else:
+                    warn(f"{error}; the episode is given up, trying again ({faults}/{MAX_FAULTS})")
+                    time.sleep(FAULT_PAUSE_S)
+                continue
             except (SilentError, WireError, RefusedError) as error:
                 failures += not guard.stopped  # a stop is why the runtime refuses, and may be why it is silent
                 final = isinstance(error, RefusedError) and error.refused.code not in RECOVERABLE
@@ -137,7 +164,7 @@ def drive(
                 warn(f"{error}; the episode is given up, saying hello again ({failures}/{MAX_FAILURES})")
                 welcome = None
                 continue
-            failures = 0
+            failures = faults = 0
         try:
             settle(0)
         except (SilentError, WireError) as error:

@@ -137,6 +137,11 @@ class Guard:
             self._raise_if_halted()
             return self._hold()
 
+    @property
+    def halted(self) -> bool:
+        """Whether the episode was stopped; also after a reset, until the next one begins."""
+        return self._halted
+
     def check_running(self) -> None:
         """Raises `StoppedError` if the episode was stopped."""
         self._raise_if_halted()

@@ -111,12 +111,13 @@ class EndEpisode(Message, frozen=True, tag="end_episode"):
     """Close the episode. Reports the last steps as `Infer` does.
 
     The tensors of the last observation come along: a truncated return bootstraps from it. `reason` is empty, or says
-    that the operator ended it.
+    that the operator ended it. An `aborted` episode brings no observation and says in `reason` what went wrong; it may
+    be closed while a chunk is awaited.
     """
 
     session: str
     episode: str
-    status: Literal["success", "failure", "timeout"]
+    status: Literal["success", "failure", "timeout", "aborted"]
     steps: int
     played: tuple[Played, ...] = ()
     reason: str = ""

@@ -180,7 +180,11 @@ class Rollouts:
         k = opened.check_report(message, report, spec.horizon, len(spec.action.names))
         check(opened, message, k)
         assert session.spec is not None
-        check_observation(arrays, session.spec)
+        if isinstance(message, EndEpisode) and message.status == "aborted":
+            if arrays:
+                raise WireError("tensors", f"has {', '.join(arrays)}; an aborted episode brings no observation")
+        else:
+            check_observation(arrays, session.spec)
         opened.note_report(message, k)
         if "rules" in report:
             opened.count_interventions(report["rules"])

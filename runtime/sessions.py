@@ -60,7 +60,8 @@ class OpenEpisode:
         """
         if message.episode != self.episode or self.storing:
             raise RefusalError("episode", "episode", f"{message.episode!r} is not open in this session")
-        if self.waiting:
+        aborting = isinstance(message, EndEpisode) and message.status == "aborted"
+        if self.waiting and not aborting:
             raise RefusalError("episode", "episode", f"decision {self.decision} is still being computed")
         k = sum(slice_.steps for slice_ in message.played)
         if not message.played:
@@ -122,10 +123,10 @@ class OpenEpisode:
             raise RefusalError("episode", "step", f"is {message.step}, but {self.steps + k} steps were reported")
 
     def check_end(self, message: EndEpisode, k: int) -> None:
-        """An episode ends with a decision made and every step counted."""
+        """An episode ends with a decision made and every step counted; an aborted one may end before its first step."""
         if not self.decision:
             raise RefusalError("episode", "decision", "no decision was made in this episode")
-        if not self.steps + k:
+        if not self.steps + k and message.status != "aborted":
             raise RefusalError("episode", "played", "nothing was executed in this episode")
         if message.steps != self.steps + k:
             raise RefusalError("episode", "steps", f"is {message.steps}, but {self.steps + k} steps were reported")

@@ -12,6 +12,7 @@ from bridge.control import EpisodeReport
 from bridge.drive import drive as run_drive
 from bridge.guard import Guard
 from bridge.messages import Assignment, Command, Ending, Operate, Operated
+from bridge.pacing import Ticks
 from fieldtune.commands.common import Config, Json, Set, endpoint, out, print_json, warn
 from fieldtune.deployment import load_deployment
 from fieldtune.keyboard import keys
@@ -102,4 +103,13 @@ def drive(
         )
     if as_json:
         print_json(summary)
+    else:
+        out.print(ticks_line(summary.ticks))
     return 0
+
+
+def ticks_line(ticks: Ticks) -> str:
+    """What became of the ticks (docs/safety.md). Only a robot's loop has a pace, so only it works and sleeps."""
+    pace = f"work {ticks.work_s:.1f} s, sleep {ticks.sleep_s:.1f} s, " if ticks.work_s else ""
+    counts = f"{ticks.overruns} overruns, {ticks.starved} starved, {ticks.held} held"
+    return f"{ticks.ticks} ticks: {pace}{counts}"

@@ -13,7 +13,7 @@ from bridge.client import SilentError
 from bridge.config import BridgeConfig, SafetyConfig
 from bridge.control import checked_actions, run_episode
 from bridge.guard import Guard
-from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Message, Welcome, WireError
+from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Message, Played, Welcome, WireError
 from bridge.pacing import Pacer
 
 H, D = 4, 2
@@ -76,6 +76,11 @@ class FakeClient:
     spoil: Callable[[Chunk, dict[str, Any]], tuple[Chunk, dict[str, Any]]] = lambda chunk, arrays: (chunk, arrays)
     infers: list[tuple[Infer, dict[str, Any]]] = field(default_factory=list)
     ends: list[tuple[EndEpisode, dict[str, Any]]] = field(default_factory=list)
+    given_up: list[tuple[EndEpisode, dict[str, Any]]] = field(default_factory=list)
+
+    def request(self, message: Message, kind: type, arrays: Any = None, timeout_s: float | None = None) -> None:
+        assert isinstance(message, EndEpisode) and message.status == "aborted"
+        self.given_up.append((message, arrays))
 
     def post(self, message: Message, arrays: Any = None) -> int:
         if isinstance(message, Infer):
@@ -205,6 +210,9 @@ def test_nothing_of_a_wrong_chunk_is_executed_and_the_backend_is_stopped(client:
     assert len(backend.applied) == H
     assert backend.stopped >= 1
     assert not client.ends
+    ((told, arrays),) = client.given_up
+    assert told.reason == str(caught.value) and told.steps == H
+    assert not told.played and not arrays, "the request for the wrong chunk has reported all there was"
 
 
 def test_checked_actions_passes_a_good_chunk() -> None:
@@ -224,18 +232,37 @@ def test_whatever_goes_wrong_while_asking_stops_the_backend(error: BaseException
 
 
 def test_a_backend_that_fails_is_stopped() -> None:
-    backend = FakeBackend(fail_at=2)
+    backend, client = FakeBackend(fail_at=2), FakeClient()
     with pytest.raises(BackendError, match="the arm is in the way"):
-        run(backend, FakeClient())
+        run(backend, client)
     assert backend.stopped >= 1
+    ((told, arrays),) = client.given_up
+    assert told.reason == "the arm is in the way" and told.steps == 2 and told.played == (Played(1, 0, 2),)
+    assert arrays["sent"].tolist() == [[1.0] * D] * 2, "what was executed until then is told too"
 
 
-def test_a_stop_in_mid_episode_ends_it_without_an_end_message() -> None:
+@pytest.mark.parametrize("state", [np.zeros(2, np.float32), np.zeros(1), np.full(1, np.nan, np.float32)])
+def test_an_observation_that_is_not_as_its_spec_says_is_not_sent(state: Any) -> None:
+    class Wrong(FakeBackend):
+        def observe(self) -> Observation:
+            return Observation({}, state) if self.applied else super().observe()
+
+    backend, client = Wrong(), FakeClient()
+    with pytest.raises(BackendError, match=r"what fake observes is not as its spec says: tensors\.state: "):
+        run(backend, client)
+    assert backend.stopped >= 1 and len(client.infers) == 1
+    ((told, arrays),) = client.given_up
+    assert told.steps == H and len(arrays["sent"]) == H
+
+
+def test_leaving_in_mid_episode_gives_it_up_and_says_so() -> None:
     backend, client = FakeBackend(), FakeClient()
     assert run(backend, client, stopped=lambda: len(backend.applied) >= H) is None
     assert len(backend.applied) == H
     assert backend.stopped >= 1
     assert not client.ends
+    ((told, _),) = client.given_up
+    assert told.reason == "the bridge was told to leave" and told.steps == H
 
 
 def test_a_robot_is_stopped_at_the_end_and_a_simulator_need_not_be() -> None:

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from msgspec.structs import replace
 
-from bridge.backend import Backend
+from bridge.backend import Backend, BackendError
 from bridge.client import PolicyClient, RefusedError, SilentError
 from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport
 from bridge.drive import MAX_FAILURES, DriveSummary, drive
-from bridge.messages import Assignment
+from bridge.messages import Assignment, Operate, Operated
 
 ENOUGH_S = 60.0
 
@@ -205,6 +205,39 @@ def test_a_policy_that_fails_stops_the_robot_and_is_given_up_after_a_bound(
     assert len(worker.warnings) == MAX_FAILURES
     # One stop for every episode that was given up.
     assert worker.backend.calls.count("stop") > MAX_FAILURES
+
+
+def test_a_simulator_that_fails_leaves_with_its_error_and_the_log_says_why(serve: Any, work: Start, point: Any) -> None:
+    class Broken(Watched):
+        def apply(self, action: Any) -> Any:
+            raise BackendError("the renderer is gone")
+
+    serving = serve()
+    with pytest.raises(BackendError, match="the renderer is gone"):
+        work(serving.endpoint, backend=Broken(point)).join()
+    (row,) = serving.log.index.list(limit=10)
+    assert (row.status, row.steps, row.reason) == ("aborted", 0, "the renderer is gone")
+
+
+def test_a_robot_that_is_stopped_on_its_way_home_waits_for_the_reset(serve: Any, work: Start, point: Any) -> None:
+    class Homing(Watched):
+        def reset(self, task: str, seed: int) -> None:
+            self.calls.append("reset")
+            if self.calls.count("reset") == 1:
+                until(lambda: "stop" in self.calls, "the stop")
+                raise BackendError("stopped on its way home")
+            self.backend.reset(task, seed)
+
+    serving = serve(horizon_steps=4)
+    worker = work(serving.endpoint, episodes=1, backend=Homing(point))
+    until(lambda: "reset" in worker.backend.calls and bool(serving.status()["robots"]), "the robot to go home")
+    operator = serving.client()
+    operator.request(Operate(command="stop", why="a hand"), Operated)
+    until(lambda: serving.status()["robots"] == {"worker": "stopped: a hand"}, "the stop")
+    assert worker.error is None and worker.backend.calls.count("reset") == 1
+    operator.request(Operate(command="reset"), Operated)
+    assert worker.join().episodes == 1
+    assert not any("on its way home" in warning for warning in worker.warnings), "a stop is no fault"
 
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(serve: Any, work: Start, fake_policy: Any) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from cable import Cable
 from far_robot import Robot, Silent
 from msgspec.structs import replace
 
@@ -102,32 +101,6 @@ def wait_until(true: Callable[[], object], what: str) -> None:
     while not true():
         assert time.monotonic() < give_up_s, what
         time.sleep(0.01)
-
-
-class Cable:
-    """Carries bytes between a client and a far side until it is cut; nobody is told of that."""
-
-    def __init__(self, endpoint: str) -> None:
-        self._far = ("127.0.0.1", int(endpoint.rpartition(":")[2]))
-        self._plug = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"tcp://127.0.0.1:{self._plug.getsockname()[1]}"
-        self.whole = threading.Event()
-        self.whole.set()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            near, _ = self._plug.accept()
-            far = socket.create_connection(self._far)
-            for ends in ((near, far), (far, near)):
-                threading.Thread(target=self._carry, args=ends, daemon=True).start()
-
-    def _carry(self, here: socket.socket, there: socket.socket) -> None:
-        with suppress(OSError):
-            while data := here.recv(1 << 16):
-                self.whole.wait()
-                there.sendall(data)
-            there.close()
 
 
 def program(*arguments: str) -> subprocess.Popen[str]:

@@ -156,6 +156,44 @@ def test_a_silent_session_is_closed_and_its_episode_aborted(serve: Any, point: B
     assert refused(lambda: robot.infer(robot.observation(point.spec))).code == "session"
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_an_episode_that_is_given_up_says_why_and_what_was_executed(
+    serve: Any, point: Backend, fake_policy: Any, waiting: bool
+) -> None:
+    policy = fake_policy()
+    serving = serve(policy=policy)
+    robot = serving.robot(point.spec)
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    if waiting:
+        policy.gate.clear()
+        policy.waiting.clear()
+        infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
+        late = robot.client.post(infer, robot.observation(point.spec))
+        assert policy.waiting.wait(ENOUGH_S)
+        robot.client.forget(late)
+    robot.executed(3)
+    assert refused(lambda: robot.end(robot.observation(point.spec), "aborted")).field == "tensors"
+    stored = robot.end({}, "aborted", reason="the camera is gone")
+    policy.gate.set()
+    row = row_of(serving, stored.episode)
+    assert (row.status, row.steps, row.reason) == ("aborted", 3, "the camera is gone")
+    episode = read_episode(serving.log.index.path(row))
+    assert [len(decision.sent) for decision in episode.decisions] == [3] and episode.final is None
+    assert serving.status()["episodes"] == {"aborted": 1}
+    assert robot.run_episode(point.spec).episode != stored.episode
+
+
+def test_an_episode_may_be_given_up_before_its_first_step(serve: Any, point: Backend) -> None:
+    serving = serve()
+    robot = serving.robot(point.spec)
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    stored = robot.end({}, "aborted", reason="the arm is in the way")
+    row = row_of(serving, stored.episode)
+    assert (row.status, row.steps, row.reason) == ("aborted", 0, "the arm is in the way")
+
+
 def test_a_server_that_stops_keeps_open_episodes_as_aborted(serve: Any, point: Backend, tmp_path: Path) -> None:
     serving = serve()
     robot = serving.robot(point.spec)

@@ -65,18 +65,15 @@ class OpenCVCamera:
         taken_s, picture = newest
         age_s = time.monotonic() - taken_s
         if age_s > STALE_S:
-            raise BackendError(
-                f"camera {self._options.name}: its last picture is {age_s:.1f} s old; see its cable, then start again"
-            )
+            raise BackendError(f"camera {self._options.name}: its last picture is {age_s:.1f} s old; see its cable")
         size = (self._options.width, self._options.height)
         small = self._cv2.resize(picture, size, interpolation=self._cv2.INTER_AREA)
         return np.ascontiguousarray(small[:, :, ::-1])
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. A camera that hangs is let go of when it comes back."""
         self._closing = True
         self._thread.join(timeout=2.0)
-        self._capture.release()
 
     def _grab(self) -> None:
         while not self._closing:
@@ -87,3 +84,5 @@ class OpenCVCamera:
             else:
                 # Unplugged: `read` says so once the last picture is old.
                 time.sleep(0.01)
+        # Here, because OpenCV may not be told so by another thread while it waits for a picture.
+        self._capture.release()
