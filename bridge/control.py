@@ -79,28 +79,10 @@ class _Asked:
     """The robot was held meanwhile, without that being a step: nobody knows what it is for any more."""
 
 
-def run_episode(
-    backend: Backend,
-    client: PolicyClient,
-    welcome: Welcome,
-    assignment: Assignment,
-    guard: Guard,
-    stopped: Callable[[], bool],
-    config: BridgeConfig,
-) -> EpisodeReport | None:
-    """Drive one episode to its end; None if `stopped` came first (the runtime then keeps it as aborted, as it does what
-    ends in an error, with the reason where it can still be told).
-
-    Every action executed is one of a chunk of this episode, at the index that its environment step has from the
-    chunk's observation on, or the guard's in its place. Raises what `PolicyClient` and the backend raise, also a
-    `BackendError` for an observation that is not as its spec says, and `StoppedError`; the backend has been stopped by
-    then.
+class EpisodeLoop:
+    """Drives one episode. Every action executed is one of a chunk of this episode, at the index that its environment
+    step has from the chunk's observation on, or the guard's in its place.
     """
-    return _Run(backend, client, welcome, assignment, guard, stopped, config).run()
-
-
-class _Run:
-    """The state of one episode."""
 
     def __init__(
         self,
@@ -132,6 +114,12 @@ class _Run:
         self.versions: dict[str, None] = {}
 
     def run(self) -> EpisodeReport | None:
+        """To the end; None if `stopped` came first (the runtime then keeps it as aborted, as it does what ends in an
+        error, with the reason where it can still be told).
+
+        Raises what `PolicyClient` and the backend raise, also a `BackendError` for an observation that is not as its
+        spec says, and `StoppedError`; the backend has been stopped by then.
+        """
         guard, assignment = self.guard, self.assignment
         status: Status = "running"
         reason = ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from bridge.backend import Backend, BackendError
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig, ConfigError
-from bridge.control import EpisodeReport, run_episode
+from bridge.control import EpisodeLoop, EpisodeReport
 from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, Welcome, WireError
 from bridge.pacing import Ticks
@@ -124,7 +124,7 @@ def drive(
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
                 driving = True
-                result = run_episode(backend, client, welcome, answer, guard, stopped, config)
+                result = EpisodeLoop(backend, client, welcome, answer, guard, stopped, config).run()
                 driving = False
                 if result is None:
                     break

@@ -95,8 +95,8 @@ def _require_same(directory: Path, conditions: Mapping[str, Any]) -> None:
     for name in {**before, **conditions}:
         if before.get(name) != conditions.get(name):
             raise EvaluationError(
-                f"{directory} has episodes with {name} = {before.get(name)}, not {conditions.get(name)}; evaluate under "
-                "another `--set name=`, or move it away"
+                f"{directory} has episodes with {name} = {before.get(name)}, not {conditions.get(name)}; evaluate "
+                "under another `--set name=`, or move it away"
             )
 
 

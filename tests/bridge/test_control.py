@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from bridge.backend import ActionSpec, BackendError, BackendSpec, Float32, Observation, Outcome, VectorSpec
 from bridge.client import SilentError
 from bridge.config import BridgeConfig, SafetyConfig
-from bridge.control import checked_actions, run_episode
+from bridge.control import EpisodeLoop, checked_actions
 from bridge.guard import Guard
 from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Message, Played, Welcome, WireError
 from bridge.pacing import Pacer
@@ -117,7 +117,7 @@ def run(
     play_steps: int | None = None,
 ):
     guard = Guard(backend, SafetyConfig(), warn=lambda message: None)
-    return run_episode(backend, client, WELCOME, task, guard, stopped, BridgeConfig(play_steps=play_steps))
+    return EpisodeLoop(backend, client, WELCOME, task, guard, stopped, BridgeConfig(play_steps=play_steps)).run()
 
 
 def test_a_chunk_is_cut_at_success_and_only_what_was_executed_is_reported() -> None:
@@ -332,7 +332,7 @@ def run_async(
     welcome = replace(WELCOME, prefix_steps=prefix_steps)
     task = replace(TASK, horizon_steps=horizon_steps)
     config = BridgeConfig(**{"merge": "switch", **config})
-    return run_episode(backend, client, welcome, task, guard, lambda: False, config), guard
+    return EpisodeLoop(backend, client, welcome, task, guard, lambda: False, config).run(), guard
 
 
 def slices(client: FakeClient) -> list[tuple[int, int, int]]:
@@ -466,7 +466,7 @@ def test_what_was_under_way_during_a_pause_is_not_played() -> None:
 
     robot.each = each
     guard = Guard(robot, SafetyConfig(), warn=lambda message: None)
-    run_episode(robot, client, WELCOME, TASK, guard, lambda: False, BridgeConfig(merge="switch"))
+    EpisodeLoop(robot, client, WELCOME, TASK, guard, lambda: False, BridgeConfig(merge="switch")).run()
     # Two were asked for when it was paused; after it the robot stood still until a third had come for where it was.
     assert paused == [2]
     assert [action[0] for action in robot.applied[:3]] == [1, 1, 1]
@@ -484,7 +484,7 @@ def test_nothing_is_played_that_a_prefix_was_told_but_did_not_come() -> None:
     robot.each = lambda step: clock.work(10.0) if step == 7 else None
     welcome = replace(WELCOME, prefix_steps=2)
     task = replace(TASK, horizon_steps=14)
-    run_episode(robot, client, welcome, task, guard, lambda: False, BridgeConfig(merge="prefix"))
+    EpisodeLoop(robot, client, welcome, task, guard, lambda: False, BridgeConfig(merge="prefix")).run()
     told = [message.step for message, arrays in client.infers if "prefix" in arrays]
     assert told, "some chunk was planned on from a prefix"
     stale = max(step for step in told if step <= 8)

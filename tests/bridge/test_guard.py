@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from bridge.backend import Float32
 from bridge.config import BridgeConfig, SafetyConfig
-from bridge.control import run_episode
+from bridge.control import EpisodeLoop
 from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders, Welcome
 from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, RATE
@@ -292,7 +292,7 @@ class Client:
 
 def drive(g: Guarded, client: Client, horizon_steps: int = 12) -> Any:
     task = Assignment(episode="e1", task="t", seed=0, horizon_steps=horizon_steps)
-    return run_episode(g.robot, client, WELCOME, task, g.guard, lambda: False, BridgeConfig())  # type: ignore[arg-type]
+    return EpisodeLoop(g.robot, client, WELCOME, task, g.guard, lambda: False, BridgeConfig()).run()  # type: ignore[arg-type]
 
 
 WELCOME = Welcome(session="s", version="v", horizon=4)

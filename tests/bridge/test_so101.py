@@ -484,12 +484,14 @@ def test_wrong_options_say_where(options, message):
 
 
 class Capture:
-    """Stands in for a camera of OpenCV: pictures of one colour, blue first, until it is unplugged."""
+    """Stands in for a camera of OpenCV: pictures of one colour but for a corner, blue first, until it is unplugged."""
 
     opened = plugged = True
+    frozen = False
 
     def __init__(self, device):
         self.device, self.settings = device, {}
+        self.picture = np.full((48, 64, 3), (10, 20, 30), np.uint8)
 
     def isOpened(self):  # noqa: N802
         return self.opened
@@ -499,7 +501,9 @@ class Capture:
 
     def read(self):
         time.sleep(0.01)
-        return (True, np.full((48, 64, 3), (10, 20, 30), np.uint8)) if Capture.plugged else (False, None)
+        self.picture = self.picture.copy()
+        self.picture[-1, -1] += not Capture.frozen
+        return (True, self.picture) if Capture.plugged else (False, None)
 
     def release(self):
         self.opened = False
@@ -529,6 +533,21 @@ def test_a_camera_gives_rgb_and_notices_that_it_stopped(cv2, monkeypatch):
     with pytest.raises(BackendError, match=r"camera top: its last picture is .* old"):
         camera.read()
     camera.close()
+    camera.close()
+
+
+def test_a_camera_that_sends_the_same_picture_again_and_again_is_frozen(cv2, monkeypatch):
+    monkeypatch.setattr(cameras, "FROZEN_S", 0.2)
+    camera = OpenCVCamera(ArmCamera("top", "/dev/video0", height=16, width=24))
+    time.sleep(0.5)
+    camera.read()
+    monkeypatch.setattr(Capture, "frozen", True)
+    time.sleep(0.5)
+    with pytest.raises(BackendError, match=r"camera top: it has sent the very same picture for .* s; it is frozen"):
+        camera.read()
+    monkeypatch.setattr(Capture, "frozen", False)
+    time.sleep(0.1)
+    camera.read()
     camera.close()
 
 

@@ -16,6 +16,8 @@ FIRST_PICTURE_S = 5.0
 """USB cameras take a second or two to start."""
 STALE_S = 0.5
 """A picture older than this is not what the robot sees now."""
+FROZEN_S = 2.0
+"""Noise changes every picture of a sensor; one that stays the same for longer comes from a driver that hangs."""
 
 
 class ArmCamera(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +52,7 @@ class OpenCVCamera:
         self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, options.capture_width)
         self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, options.capture_height)
         self._newest: tuple[float, Any] | None = None
+        self._changed_s = 0.0
         self._arrived = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._grab, name=f"camera {options.name}", daemon=True)
@@ -66,6 +69,12 @@ class OpenCVCamera:
         age_s = time.monotonic() - taken_s
         if age_s > STALE_S:
             raise BackendError(f"camera {self._options.name}: its last picture is {age_s:.1f} s old; see its cable")
+        same_s = taken_s - self._changed_s
+        if same_s > FROZEN_S:
+            raise BackendError(
+                f"camera {self._options.name}: it has sent the very same picture for {same_s:.1f} s; it is frozen, "
+                "plug it in again"
+            )
         size = (self._options.width, self._options.height)
         small = self._cv2.resize(picture, size, interpolation=self._cv2.INTER_AREA)
         return np.ascontiguousarray(small[:, :, ::-1])
@@ -79,7 +88,10 @@ class OpenCVCamera:
         while not self._closing:
             good, picture = self._capture.read()
             if good:
-                self._newest = (time.monotonic(), picture)
+                now_s, before = time.monotonic(), self._newest
+                if before is None or not np.array_equal(before[1], picture):
+                    self._changed_s = now_s
+                self._newest = (now_s, picture)
                 self._arrived.set()
             else:
                 # Unplugged: `read` says so once the last picture is old.
