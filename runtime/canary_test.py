@@ -152,7 +152,7 @@ class Canary:
     def _decide(self) -> Decision:
         better, not_worse, faster, worse = self._e_values()
         needed = 1 / promotion_alpha(self.rule)
-        # Safety first: both can hold at once, for a candidate that is slower to succeed by less than the margin.
+        # Safety first: both can hold at once, for one that is faster and worse by less than the margin.
         if worse >= 1 / self.rule.false_rollback:
             return "rollback"
         if self.rule.promote == "not_worse":
