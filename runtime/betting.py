@@ -31,7 +31,7 @@ def wealth(values: Float64, mean: float) -> Float64:
     """
     factors = SHARES[:, None] * (values[..., None, :] / mean) + (1 - SHARES)[:, None]
     with np.errstate(over="ignore", under="ignore"):
-        return np.minimum(np.cumprod(factors, axis=-1).mean(axis=-2), MOST)
+        return np.asarray(np.minimum(np.cumprod(factors, axis=-1).mean(axis=-2), MOST))
 
 
 def largest(wealths: Float64) -> float:
@@ -69,7 +69,8 @@ def block_ends(blocks: int, share: float) -> NDArray[np.int64]:
     0.3 gives 2, 2, 3, ...) and depend on nothing that is observed, which is what keeps the test valid.
     """
     # The small number keeps 0.2 from giving 3.9999999 live values.
-    return np.floor(np.arange(1, blocks + 1) * ((1 - share) / share) + 1e-9).astype(np.int64)
+    ends = np.floor(np.arange(1, blocks + 1) * ((1 - share) / share) + 1e-9)
+    return np.asarray(ends, np.int64)
 
 
 def block_differences(candidate: Float64, live: Float64, share: float) -> Float64:
@@ -83,4 +84,4 @@ def block_differences(candidate: Float64, live: Float64, share: float) -> Float6
         return np.zeros((*candidate.shape[:-1], 0))
     starts = np.concatenate([[0], ends[:-1]])
     sums = np.add.reduceat(live[..., : ends[-1]], starts, axis=-1)
-    return candidate[..., : len(ends)] - sums / (ends - starts)
+    return np.asarray(candidate[..., : len(ends)] - sums / (ends - starts))

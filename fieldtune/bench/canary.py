@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from fieldtune.bench.canary_fixed import fixed_sample_tests
@@ -93,11 +94,12 @@ def bench_canary(*, quick: bool = False) -> tuple[Result, Result]:
 
 def simulate(scenario: Scenario, rule: CanaryRule, deployments: int, seed: int) -> dict[str, Decided]:
     """What each of `METHODS` does in a number of deployments."""
-    rng = np.random.default_rng([20250310, seed])
+    rule = replace(rule, share=scenario.share)
+    rng = np.random.default_rng(seed)
     parts: list[tuple[Decided, ...]] = []
     for first in range(0, deployments, AT_ONCE):
         episodes = draw(scenario, rule.max_episodes, min(AT_ONCE, deployments - first), rng)
-        parts.append((sequential(episodes, rule, scenario.share), *fixed_sample(episodes, rule)))
+        parts.append((sequential(episodes, rule), *fixed_sample(episodes, rule)))
     return {method: join(found) for method, found in zip(METHODS, zip(*parts, strict=True), strict=True)}
 
 
@@ -120,12 +122,12 @@ def draw(scenario: Scenario, episodes: int, deployments: int, rng: np.random.Gen
     return Episodes(candidate, success, steps)
 
 
-def sequential(episodes: Episodes, rule: CanaryRule, share: float) -> Decided:
+def sequential(episodes: Episodes, rule: CanaryRule) -> Decided:
     """`runtime.canary_test.Canary` on many deployments at once."""
     candidate, live, success = episodes.candidate, ~episodes.candidate, episodes.success
     everything = np.ones_like(candidate)
-    successes, ends = blocks(success.astype(np.float64), candidate, live, everything, share)
-    steps, steps_ends = blocks(episodes.steps / HORIZON_STEPS, candidate, live, success, share)
+    successes, ends = blocks(success.astype(np.float64), candidate, live, everything, rule.share)
+    steps, steps_ends = blocks(episodes.steps / HORIZON_STEPS, candidate, live, success, rule.share)
     needed = 1 / promotion_alpha(rule)
     better, not_worse, worse = success_wealths(successes, rule.margin)
     better_at, not_worse_at = reached(better, ends, needed), reached(not_worse, ends, needed)
@@ -160,9 +162,9 @@ def stream(values: Float64, mask: Bool, most: int) -> tuple[Float64, Int]:
     return np.take_along_axis(values, order, axis=1), np.where(there, order + 1, values.shape[1] + 1)
 
 
-def reached(wealths: Float64, times: Int, needed: float) -> Int:
-    """When the wealth first is what is needed; beyond every episode where it never is."""
-    return np.where(wealths >= needed, times, NEVER).min(axis=1, initial=NEVER)
+def reached(evidence: Float64 | Bool, times: Int, needed: float) -> Int:
+    """When evidence `[n, blocks]` first is what is needed; beyond every episode where it never is."""
+    return np.asarray(np.where(evidence >= needed, times, NEVER).min(axis=1, initial=NEVER))
 
 
 def decided(promote_at: Int, roll_back_at: Int, max_episodes: int) -> Decided:
@@ -174,11 +176,12 @@ def decided(promote_at: Int, roll_back_at: Int, max_episodes: int) -> Decided:
 
 def fixed_sample(episodes: Episodes, rule: CanaryRule) -> tuple[Decided, Decided]:
     """The fixed-sample test, once at the end; and looked at after every episode."""
-    tests = fixed_sample_tests(episodes.candidate, episodes.success, episodes.steps, rule)
+    promote, roll_back = fixed_sample_tests(episodes.candidate, episodes.success, episodes.steps, rule)
     last = rule.max_episodes
-    once = [np.where(test[:, -1], last, NEVER) for test in tests]
-    looking = [np.where(test, np.arange(1, last + 1), NEVER).min(axis=1) for test in tests]
-    return decided(*once, last), decided(*looking, last)
+    times = np.arange(1, last + 1)
+    once = decided(np.where(promote[:, -1], last, NEVER), np.where(roll_back[:, -1], last, NEVER), last)
+    looking = decided(reached(promote, times, True), reached(roll_back, times, True), last)
+    return once, looking
 
 
 def errors(whole: list[tuple[Scenario, dict[str, Decided]]], rule: CanaryRule, deployments: int) -> Result:
@@ -235,15 +238,15 @@ def decisions(whole: list[tuple[Scenario, dict[str, Decided]]], rule: CanaryRule
         rows.append(tuple(row))
     return Result(
         bench="canary",
-        title="shares promoted and rolled back, and the median number of episodes until the end",
-        columns=("share", "live", "diff", "steps", "pro", "back", "episodes", *FIXED_COLUMNS),
+        title="shares promoted and rolled back, and how soon",
+        columns=("share", "live", "diff", "steps", "pro", "back", "median", *FIXED_COLUMNS),
         rows=rows,
         goals=[],
         notes=[
             "pro: promoted; back: rolled back; fixed, peek: the same of the fixed-sample test, and of peeking at it",
-            f"the rest is undecided after {rule.max_episodes} episodes and not promoted; the fixed-sample test always "
-            "needs them all",
+            f"median: number of episodes until it ends, undecided and not promoted after {rule.max_episodes}; the "
+            "fixed-sample test always needs them all",
             "steps: the candidate's mean over the live version's; share: the candidate's share of the episodes",
-            f"rule: {rule}",
+            f"rule, but for the share: {rule}",
         ],
     )
