@@ -37,7 +37,7 @@ class DriftError(FieldtuneError):
 class DriftRule(Struct, frozen=True, forbid_unknown_fields=True):
     """How large the record is and how seldom a false alarm must be."""
 
-    record_episodes: Annotated[int, Meta(ge=10)] = 50
+    record_episodes: Annotated[int, Meta(ge=2)] = 100
     """Values of a statistic that make up its record; no alarm before."""
     false_alarm: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     """Most that the probability of a false alarm, of any statistic, may be within `window_episodes`."""
