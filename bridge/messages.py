@@ -34,6 +34,7 @@ Code = Literal[
 
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
+Governing = Literal["promote", "reject", "pin", "unpin"]
 RobotState = Literal["idle", "driving", "paused", "holding", "stopped"]
 RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold", "starved")
 """The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
@@ -164,6 +165,17 @@ class Rollback(Message, frozen=True, tag="rollback"):
     version: str = ""
 
 
+class Govern(Message, frozen=True, tag="govern"):
+    """Decide on versions by hand (docs/deploying.md): make one live, end a canary, keep the live version or let it go.
+
+    `version` may be a prefix; `who` is kept with the decision.
+    """
+
+    command: Governing
+    who: str
+    version: str = ""
+
+
 # --- from the runtime to a client ---------------------------------------------------------------------------------
 
 
@@ -233,7 +245,7 @@ class StatusReply(Message, frozen=True, tag="status"):
 
 
 class Serving(Message, frozen=True, tag="serving"):
-    """Answer to `Announce` and `Rollback`: this version is live now."""
+    """Answer to `Announce`, `Rollback` and `Govern`: this version is live now."""
 
     version: str
     previous: str
@@ -247,7 +259,7 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
 
 
-Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Rollback
+Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Rollback | Govern
 Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | Orders | Operated | StatusReply | Serving | Refused
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,7 +13,6 @@ from typing import Any
 from bridge.errors import FieldtuneError
 from runtime.durable import sync_directory
 
-SCHEMA_VERSION = 1
 BUSY_S = 10.0  # how long a statement waits for another process's transaction; ours last milliseconds
 
 
@@ -26,10 +25,14 @@ class Database:
     (not over a network file system). The file is made by the first transaction; before that it reads as empty.
     """
 
-    def __init__(self, path: Path, schema: Sequence[str], error: type[DatabaseError] = DatabaseError) -> None:
-        """`schema` are the statements that make the tables; whatever fails is raised as `error`."""
+    def __init__(
+        self, path: Path, schema: Sequence[str], error: type[DatabaseError] = DatabaseError, *, version: int = 1
+    ) -> None:
+        """`schema` are the statements that make the tables where they are not there yet, `version` its number: a file
+        with an older one gets what it lacks. Whatever fails is raised as `error`.
+        """
         self.path = path
-        self._schema, self._error = schema, error
+        self._schema, self._error, self._version = schema, error, version
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
 
@@ -107,14 +110,14 @@ class Database:
         if not self._made(connection):
             for statement in self._schema:
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            connection.execute(f"PRAGMA user_version={self._version}")
         connection.execute("COMMIT")
         sync_directory(self.path.parent)
 
     def _made(self, connection: sqlite3.Connection) -> bool:
         (found,) = connection.execute("PRAGMA user_version").fetchone()
-        if found > SCHEMA_VERSION:
+        if found > self._version:
             raise self._error(
-                f"{self.path}: made by a newer fieldtune (format {found}, this one knows {SCHEMA_VERSION}); upgrade"
+                f"{self.path}: made by a newer fieldtune (format {found}, this one knows {self._version}); upgrade"
             )
-        return bool(found)
+        return bool(found == self._version)

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bridge.backend import Float32
 from bridge.messages import observation_tensors
@@ -48,8 +46,10 @@ def decide_again(policy: Infers, start: EpisodeStart, decisions: Sequence[Decisi
     return [_again(policy, start, decision) for decision in decisions]
 
 
-def _again(policy: Infers, start: EpisodeStart, decision: Decision) -> Again:
-    request = Pending(
+def asked_again(start: EpisodeStart, decision: Decision) -> Pending:
+    """The request that led to a logged decision, sampled where that was."""
+    told = {} if decision.prefix is None else {"prefix": decision.prefix}
+    return Pending(
         identity=b"",
         session="",
         request=0,
@@ -57,10 +57,14 @@ def _again(policy: Infers, start: EpisodeStart, decision: Decision) -> Again:
         decision=decision.number,
         step=decision.step,
         instruction=start.instruction,
-        tensors=_tensors(decision),
+        tensors={**observation_tensors(decision.observation), **told},
         explore=decision.log_prob is not None,
         arrived_s=0.0,
     )
+
+
+def _again(policy: Infers, start: EpisodeStart, decision: Decision) -> Again:
+    request = asked_again(start, decision)
     means, log_stds = policy.infer(batch_inputs(policy, [request]))
     mean, log_std, rho = means[0], log_stds[0], policy.spec.noise_correlation
     h = min(len(mean), len(decision.actions))
@@ -71,11 +75,6 @@ def _again(policy: Infers, start: EpisodeStart, decision: Decision) -> Again:
     actions = sample_after(prefix, mean, log_std, rho, decision_rng(start.episode, decision.number))
     logged = log_probs_after(c, decision.actions[:h], mean[:h], log_std[:h], rho)["log_prob"]
     return Again(mean[:h], actions[:h], logged)
-
-
-def _tensors(decision: Decision) -> dict[str, NDArray[Any]]:
-    told = {} if decision.prefix is None else {"prefix": decision.prefix}
-    return {**observation_tensors(decision.observation), **told}
 
 
 @dataclass(slots=True)

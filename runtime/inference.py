@@ -55,6 +55,8 @@ class Pending:
     tensors: dict[str, NDArray[Any]]
     explore: bool
     arrived_s: float
+    arm: str = ""
+    """The version that its episode is to be driven by; empty for whatever is live."""
 
 
 @dataclass(slots=True)
@@ -95,14 +97,17 @@ class _Key(ISeedSequence):
 
 
 class InferenceThread:
-    """Runs `live()` on what is queued, at most `max_batch` requests at a time.
+    """Runs the policies on what is queued, at most `max_batch` requests at a time.
 
-    The policy is asked for once a batch, so every chunk comes from exactly one version and a swap takes effect between
-    two batches. Each session has at most one request waiting, hence first come, first served is fair.
+    `policy_of` gives the policy of an arm. It is asked for once a batch, so every chunk comes from exactly one version
+    and a swap takes effect between two batches. Each session has at most one request waiting, hence first come, first
+    served is fair.
     """
 
-    def __init__(self, live: Callable[[], Infers], max_batch: int, done: Callable[[list[Decided]], None]) -> None:
-        self._live = live
+    def __init__(
+        self, policy_of: Callable[[str], Infers], max_batch: int, done: Callable[[list[Decided]], None]
+    ) -> None:
+        self._policy_of = policy_of
         self._max_batch = max_batch
         self._done = done
         self._queue: SimpleQueue[Pending | None] = SimpleQueue()
@@ -137,7 +142,12 @@ class InferenceThread:
                 item = self._queue.get()
             if batch:
                 started_s, started_cpu_s = time.monotonic(), time.thread_time()
-                decided = decide(self._live(), batch)
+                arms = dict.fromkeys(pending.arm for pending in batch)
+                decided = [
+                    item
+                    for arm in arms
+                    for item in decide(self._policy_of(arm), [pending for pending in batch if pending.arm == arm])
+                ]
                 self.busy_s += time.monotonic() - started_s
                 self.cpu_s += time.thread_time() - started_cpu_s
                 self.batches += 1

@@ -6,7 +6,7 @@ import builtins
 import sqlite3
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -16,12 +16,17 @@ from runtime.database import Database, DatabaseError
 SHORTEST_PREFIX = 4
 
 _SCHEMA = (
-    """CREATE TABLE versions (
+    """CREATE TABLE IF NOT EXISTS versions (
         number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL UNIQUE, parent TEXT NOT NULL,
         made TEXT NOT NULL, created_unix_s REAL NOT NULL)""",
-    """CREATE TABLE history (
+    """CREATE TABLE IF NOT EXISTS history (
         number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL REFERENCES versions (version),
         previous TEXT NOT NULL, why TEXT NOT NULL, unix_s REAL NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS stages (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, version TEXT NOT NULL REFERENCES versions (version),
+        stage TEXT NOT NULL, why TEXT NOT NULL, who TEXT NOT NULL, evidence TEXT NOT NULL, unix_s REAL NOT NULL)""",
+    """CREATE TABLE IF NOT EXISTS pins (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, who TEXT NOT NULL, pinned INTEGER NOT NULL, unix_s REAL NOT NULL)""",
 )
 _LIVE = "SELECT version, previous FROM history ORDER BY number DESC LIMIT 1"
 _SELECT = f"""SELECT version, parent, made, created_unix_s, number,
@@ -57,6 +62,24 @@ class LiveChange(Struct, frozen=True, kw_only=True):
     unix_s: float
 
 
+Stage = Literal["candidate", "canary", "live", "retired", "rejected"]
+"""candidate: made, and at the gate. canary: drives a share of the episodes. live: drives the others. retired: was live.
+rejected: will never be live, unless by hand."""
+
+
+class StageChange(Struct, frozen=True, kw_only=True):
+    """One step of a version, with what led to it."""
+
+    version: str
+    stage: Stage
+    why: str
+    who: str
+    """`rule`, or who did it by hand."""
+    evidence: dict[str, Any]
+    """Figures: of the gate, or of the canary."""
+    unix_s: float
+
+
 class Registry:
     """`runs/NAME/registry.sqlite`. Any number of processes and threads may use it at once.
 
@@ -66,7 +89,7 @@ class Registry:
     def __init__(self, path: Path) -> None:
         """`path` is the SQLite file."""
         self.path = path
-        self._database = Database(path, _SCHEMA, RegistryError)
+        self._database = Database(path, _SCHEMA, RegistryError, version=2)
 
     def add(self, version: str, *, parent: str, made: dict[str, Any]) -> None:
         """Remember a version; adding it again changes nothing."""
@@ -92,6 +115,68 @@ class Registry:
                 "INSERT INTO history (version, previous, why, unix_s) VALUES (?, ?, ?, ?)",
                 (version, trail[-1] if trail else "", why, time.time()),
             )
+
+    def enter(
+        self, version: str, stage: Stage, *, why: str, who: str = "rule", evidence: dict[str, Any] | None = None
+    ) -> None:
+        """Note that a version has come to a stage. What serves is changed by `set_live` alone."""
+        values = (version, stage, why, who, msgspec.json.encode(evidence or {}).decode(), time.time())
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO stages (version, stage, why, who, evidence, unix_s) VALUES (?, ?, ?, ?, ?, ?)", values
+            )
+
+    def stages(self, version: str = "") -> builtins.list[StageChange]:
+        """The steps of a version (all of it), or of all, oldest first."""
+        rows = self._database.rows(
+            "SELECT version, stage, why, who, evidence, unix_s FROM stages "
+            "WHERE ?1 = '' OR version = ?1 ORDER BY number",
+            (version,),
+        )
+        return [
+            StageChange(
+                version=name, stage=stage, why=why, who=who, evidence=msgspec.json.decode(evidence), unix_s=unix_s
+            )
+            for name, stage, why, who, evidence, unix_s in rows
+        ]
+
+    def stage(self, version: str) -> Stage | None:
+        """Where a version is; None if it never was staged, as where every version goes live at once."""
+        found = self.stages(version)
+        return found[-1].stage if found else None
+
+    def acted(self) -> builtins.list[str]:
+        """The versions that drove episodes, oldest first, each as often as its turn came: live ones, and canaries.
+        After one that was rejected it is the live version's turn again.
+        """
+        changes: builtins.list[tuple[float, str, str]] = [
+            (change.unix_s, "live", change.version) for change in self.history()
+        ]
+        changes += [(change.unix_s, change.stage, change.version) for change in self.stages()]
+        acted, live, canary = [], "", ""
+        for _, stage, version in sorted(changes, key=lambda change: change[0]):
+            if stage == "live" and version != live:
+                live = version
+                acted.append(version)
+            elif stage == "canary":
+                canary = version
+                acted.append(version)
+            elif stage == "rejected" and version == canary:
+                canary = ""
+                acted.append(live)
+        return acted
+
+    def pin(self, who: str, *, pinned: bool) -> None:
+        """Keep the live version until it is unpinned: no rule replaces it."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO pins (who, pinned, unix_s) VALUES (?, ?, ?)", (who, int(pinned), time.time())
+            )
+
+    def pinned(self) -> str:
+        """Who has pinned the live version; empty if nobody has."""
+        found = self._database.rows("SELECT who, pinned FROM pins ORDER BY number DESC LIMIT 1")
+        return str(found[0][0]) if found and found[0][1] else ""
 
     def live(self) -> str | None:
         """The live version; None if there was never one."""

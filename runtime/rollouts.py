@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,28 @@ from runtime.status import Counters, EpisodeBrief
 M = TypeVar("M", Infer, EndEpisode)
 
 
+class Arms(Protocol):
+    """Which version drives what: see `runtime.swap.Live` and `runtime.staging.Staging`."""
+
+    def __call__(self) -> Infers:
+        """The live policy."""
+        ...
+
+    def arm_for(self, client: str) -> str:
+        """The arm of this client's next episode: a version, or empty for whatever is live."""
+        ...
+
+    def policy_of(self, arm: str) -> Infers:
+        """The policy that now decides in an episode of that arm."""
+        ...
+
+
 class Rollouts:
     """Takes each session through its episodes. Requests that do not fit raise `RefusalError` or `WireError`."""
 
     def __init__(
         self,
-        live: Callable[[], Infers],
+        live: Arms,
         log: EpisodeLog,
         schedule: Schedule,
         sessions: Sessions,
@@ -59,7 +75,9 @@ class Rollouts:
         self._live, self._log, self._schedule, self._sessions = live, log, schedule, sessions
         self._router, self._counters = router, counters
         self._explore, self._horizon_steps, self._finish = explore, horizon_steps, finish
-        self.inference = InferenceThread(live, max_batch, lambda decided: finish(lambda: self._decided(decided)))
+        self.inference = InferenceThread(
+            live.policy_of, max_batch, lambda decided: finish(lambda: self._decided(decided))
+        )
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -82,6 +100,7 @@ class Rollouts:
             seed=seed,
             instruction=instruction_of(session.spec, task, seed),
             horizon_steps=self._horizon_steps,
+            arm=self._live.arm_for(session.client),
         )
         assignment = Assignment(
             request=message.request,
@@ -100,7 +119,7 @@ class Rollouts:
         opened = self._reported(session, message, arrays, OpenEpisode.check_infer)
         assert session.spec is not None
         if not opened.started:
-            opened.started = True
+            opened.started, opened.started_unix_s = True, time.time()
             self._log.start(
                 EpisodeStart(
                     format=FORMAT,
@@ -112,7 +131,7 @@ class Rollouts:
                     explore=self._explore,
                     client=session.client,
                     spec=session.spec,
-                    started_unix_s=time.time(),
+                    started_unix_s=opened.started_unix_s,
                 )
             )
         opened.decision += 1
@@ -130,6 +149,7 @@ class Rollouts:
                 tensors={**arrays, **prefix},
                 explore=self._explore,
                 arrived_s=time.monotonic(),
+                arm=opened.arm,
             )
         )
 

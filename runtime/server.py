@@ -7,6 +7,7 @@ hold one lock, which guards the sessions and the socket, for as long as that tak
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -24,6 +25,8 @@ from bridge.messages import (
     Announce,
     EndEpisode,
     GetStatus,
+    Govern,
+    Governing,
     Hello,
     Infer,
     NextEpisode,
@@ -41,11 +44,10 @@ from bridge.messages import (
 from runtime.bundle import BundleError
 from runtime.config import ServeConfig
 from runtime.episodes import EpisodeLog
-from runtime.inference import Infers
 from runtime.operator import Operator
 from runtime.policy import InstructionError, compare_specs
 from runtime.registry import RegistryError
-from runtime.rollouts import Rollouts
+from runtime.rollouts import Arms, Rollouts
 from runtime.router import Router
 from runtime.schedule import Schedule
 from runtime.sessions import RefusalError, Session, Sessions
@@ -55,12 +57,8 @@ POLL_MS = 100
 AT_ONCE = 64  # messages taken while the lock is held: a flood of requests must not keep finished chunks from leaving
 
 
-class LivePolicy(Protocol):
-    """What the server needs of `runtime.swap.Live`."""
-
-    def __call__(self) -> Infers:
-        """The policy that serves now."""
-        ...
+class LivePolicy(Arms, Protocol):
+    """What the server needs of `runtime.swap.Live`, or of `runtime.staging.Staging` around it."""
 
     @property
     def previous(self) -> str:
@@ -73,6 +71,14 @@ class LivePolicy(Protocol):
 
     def rollback(self, version: str) -> str:
         """Flip back."""
+        ...
+
+    def govern(self, command: Governing, version: str, who: str) -> str:
+        """What somebody has decided; gives the version that is live then."""
+        ...
+
+    def standing(self) -> dict[str, Any]:
+        """How the versions that are not live stand, for the status."""
         ...
 
 
@@ -191,6 +197,9 @@ class PolicyServer:
                 self._swap(identity, message.request, lambda: self._live.announce(Path(message.path)))
             case Rollback():
                 self._swap(identity, message.request, lambda: self._live.rollback(message.version))
+            case Govern():
+                command, version, who = message.command, message.version, message.who
+                self._swap(identity, message.request, lambda: self._live.govern(command, version, who))
 
     def _hello(self, identity: bytes, message: Hello) -> None:
         if message.protocol != PROTOCOL:
@@ -295,4 +304,11 @@ class PolicyServer:
             robots=self._operator.robots(),
             stopped=self._operator.stopped,
             interventions=dict(counters.interventions),
+            staging=self._live.standing(),
         )
+
+    def oldest_open_unix_s(self) -> float:
+        """When the oldest episode in progress began; infinite if there is none."""
+        with self._lock:
+            opened = [session.open for session in self._sessions.by_id.values() if session.open is not None]
+            return min((episode.started_unix_s for episode in opened if episode.started), default=math.inf)

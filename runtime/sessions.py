@@ -36,6 +36,9 @@ class OpenEpisode:
     seed: int
     instruction: str
     horizon_steps: int
+    arm: str = ""
+    """The version that drives it, if that is not whatever is live."""
+    started_unix_s: float = 0.0
     decision: int = 0
     steps: int = 0
     observed: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -63,6 +63,8 @@ class Status(Struct, frozen=True, kw_only=True):
     """Why all robots are stopped; empty if they are not."""
     interventions: dict[str, int] = {}
     """Steps of ended episodes that each rule of the safety stage changed."""
+    staging: dict[str, Any] = {}
+    """How the versions that are not live stand (`runtime.staging`); empty where every version goes live at once."""
 
 
 WINDOW = 1000  # decisions

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from bridge.messages import Governing
 from runtime.bundle import BundleError, PolicySpec, install_bundle
 from runtime.policy import Policy
 from runtime.registry import Registry
@@ -39,6 +41,14 @@ class Live:
         """The policy that serves now."""
         return self._policy
 
+    def arm_for(self, client: str) -> str:
+        """Whatever is live."""
+        return ""
+
+    def policy_of(self, arm: str) -> Policy:
+        """The policy that serves now."""
+        return self._policy
+
     @property
     def previous(self) -> str:
         """The version that a rollback would bring back; empty if there is none."""
@@ -46,6 +56,10 @@ class Live:
 
     def announce(self, path: Path) -> str:
         """Check the bundle in `path`, copy it into the run if it lies elsewhere, and make it live. Idempotent."""
+        return self.make_live(self.load(path), "announced")
+
+    def load(self, path: Path) -> Policy:
+        """Check the bundle in `path` and make it a version of the run, which is not live. Idempotent."""
         if self._pinned:
             raise BundleError("version", "this runtime serves one fixed version and takes no other")
         policy = Policy.load(path, threads=self._threads)
@@ -54,11 +68,25 @@ class Live:
         if installed.name != policy.version:
             raise BundleError("version", f"{path} changed while it was read; write it elsewhere and announce it whole")
         self._registry.add(policy.version, parent=policy.spec.parent, made=policy.spec.made)
-        self._flip(policy, "announced")
+        return policy
+
+    def make_live(self, policy: Policy, why: str) -> str:
+        """Serve a policy that `load` gave."""
+        self._flip(policy, why)
         self._prune()
         return policy.version
 
-    def rollback(self, version: str = "") -> str:
+    def govern(self, command: Governing, version: str, who: str) -> str:
+        """Make a version (an id or a prefix) live by hand; the other commands are for staged versions."""
+        if command != "promote":
+            raise BundleError("command", f"{command} is for runtime.deploy.mode: staged; here every version goes live")
+        return self.rollback(version, why=f"promoted by {who}")
+
+    def standing(self) -> dict[str, Any]:
+        """Nothing is staged."""
+        return {}
+
+    def rollback(self, version: str = "", *, why: str = "rollback") -> str:
         """Make an earlier version live again: `version` (an id or prefix), or the one before the live one."""
         if self._pinned:
             raise BundleError("version", "this runtime serves one fixed version and takes no other")
@@ -70,7 +98,7 @@ class Live:
         else:
             policy = Policy.load(self._run.policies / wanted, threads=self._threads)
             require_same_interface(policy.spec, self._policy.spec)
-        self._flip(policy, "rollback")
+        self._flip(policy, why)
         return policy.version
 
     def _flip(self, policy: Policy, why: str) -> None:

@@ -127,6 +127,22 @@ class FakeLive:
         """The policy that serves now."""
         return self.policy
 
+    def arm_for(self, client: str) -> str:
+        """Whatever is live."""
+        return ""
+
+    def policy_of(self, arm: str) -> Any:
+        """The policy that serves now."""
+        return self.policy
+
+    def standing(self) -> dict[str, Any]:
+        """Nothing is staged."""
+        return {}
+
+    def govern(self, command: str, version: str, who: str) -> str:
+        """The same as a rollback."""
+        return self._flip(version)
+
     def announce(self, path: Path) -> str:
         """Flip to what `change` gives."""
         return self._flip(str(path))

@@ -196,8 +196,8 @@ class ContinualTrainer:
         began_s = news_s = time.monotonic()
         while not self.finished():
             new = self._index.after(newest, PULL_ROWS)
-            if new:
-                # An operator may have gone back to another version: then everything is older than it was.
+            if new or self._versions.on_trial:
+                # The version may have been rejected, by rule or by hand: then everything is older than it was.
                 self._follow_live()
                 rows += new
                 newest = new[-1].seq
@@ -205,7 +205,7 @@ class ContinualTrainer:
                 news_s = time.monotonic()
             if len(new) == PULL_ROWS:
                 continue
-            if ready >= wanted:
+            if ready >= wanted and not self._versions.on_trial:
                 self._collect_wait_s = time.monotonic() - began_s
                 return rows
             if time.monotonic() - news_s > STILL_WAITING_S:

@@ -52,25 +52,29 @@ class Versions:
         self.behaviours.remember(version, self._vla)
         self.current = version
 
-    def follow_live(self) -> bool:
-        """Make the current version live, or follow an operator who has gone back from it; whether that was so.
+    @property
+    def on_trial(self) -> bool:
+        """Whether it is not decided yet if the current version goes live (`runtime.staging`)."""
+        return self._registry.stage(self.current) in ("candidate", "canary")
 
-        A version that never was live is one whose announcement is still to be made (now, or after a crash). One that
-        was live and is no longer has been replaced on purpose: learning goes on from what is live.
+    def follow_live(self) -> bool:
+        """Announce the current version, or follow whoever has gone back from it; whether that was so.
+
+        A version that never was live or on trial is one whose announcement is still to be made (now, or after a crash).
+        One that is neither any more has been rejected or replaced on purpose: learning goes on from what is live.
         """
-        history = self._live_history()
+        was_live = self.current in {change.version for change in self._registry.history()}
+        if not was_live and self._registry.stage(self.current) is None:
+            self._announce(self._policies / self.current)
         live = self._registry.live()
         replaced = False
-        if self.current not in history:
-            self._announce(self._policies / self.current)
-            history = self._live_history()
-        elif live is not None and live != self.current:
+        if live is not None and live != self.current and not self.on_trial:
             self._warn(f"version {live[:12]} was made live in place of {self.current[:12]}; going on from it")
             become(self._vla, read_bundle(self._policies / live))
             self.behaviours.remember(live, self._vla)
             self.current = live
             replaced = True
-        self.behaviours.set_history(history)
+        self.behaviours.set_history(self._registry.acted())
         return replaced
 
     def set_exploration(self, ppo: PPOConfig) -> None:
@@ -94,6 +98,3 @@ class Versions:
         frozen = copy.deepcopy(self._vla).requires_grad_(False)
         become(frozen, read_bundle(self._policies / self._registry.first().version))
         return frozen
-
-    def _live_history(self) -> list[str]:
-        return [change.version for change in self._registry.history()]

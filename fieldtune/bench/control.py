@@ -25,6 +25,7 @@ from bridge.backends import make_backend
 from bridge.client import PolicyClient
 from bridge.drive import drive
 from bridge.endpoint import resolve_endpoint
+from bridge.messages import Governing
 from bridge.pacing import Ticks
 from bridge.safety import STARVED
 from fieldtune.bench.common import BenchError, Goal, Result, together, untrained_run
@@ -135,6 +136,18 @@ class Slow:
         time.sleep(max(0.0, due_s - time.monotonic()))
         return answer
 
+    def arm_for(self, client: str) -> str:
+        """Whatever is live."""
+        return ""
+
+    def policy_of(self, arm: str) -> Slow:
+        """Itself."""
+        return self
+
+    def standing(self) -> dict[str, Any]:
+        """Nothing is staged."""
+        return {}
+
     def announce(self, path: Path) -> str:
         """Refused."""
         raise BundleError("version", f"a benchmark serves one version; {path} is not loaded")
@@ -142,6 +155,10 @@ class Slow:
     def rollback(self, version: str) -> str:
         """Refused."""
         raise BundleError("version", f"a benchmark serves one version, not {version}")
+
+    def govern(self, command: Governing, version: str, who: str) -> str:
+        """Refused."""
+        raise BundleError("version", f"a benchmark serves one version; {command} is not for it")
 
 
 def lane(

@@ -1,17 +1,21 @@
-"""`fieldtune policies list|show|add|rollback`."""
+"""`fieldtune policies list|show|diff|add|promote|reject|rollback|pin|unpin`."""
 
 from __future__ import annotations
 
+import getpass
 import time
 from typing import Annotated, Any
 
 import tyro
 
 from bridge.client import SilentError
-from bridge.messages import Announce, Rollback, Serving
+from bridge.messages import Announce, Govern, Governing, Rollback, Serving
 from fieldtune.commands.common import BundleName, Config, Json, Set, connect, list_table, out, print_json, run_dir
 from fieldtune.deployment import find_bundle, load_deployment
 from fieldtune.install import install
+from runtime.bundle import read_bundle
+from runtime.gate import gate_episodes, judge
+from runtime.policy import Policy
 from runtime.registry import Registry, VersionRow
 from runtime.swap import Live
 
@@ -29,17 +33,23 @@ def list_policies(config: Config, /, *, overrides: Set = (), as_json: Json = Fal
     if as_json:
         print_json({"policies": [{**_plain(row), "on_disk": (run.policies / row.version).is_dir()} for row in rows]})
         return 0
-    table = list_table("", "version", "parent", "made by", "when", "on disk")
+    registry = Registry(run.registry)
+    stages = {change.version: change for change in registry.stages()}
+    table = list_table("", "version", "parent", "made by", "when", "on disk", "why")
     for row in rows:
+        change = stages.get(row.version)
         table.add_row(
-            "live" if row.live else "",
+            "live" if row.live else change.stage if change else "",
             row.version[:12],
             row.parent[:12],
             str(row.made.get("command", "")),
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.created_unix_s)),
             "yes" if (run.policies / row.version).is_dir() else "no",
+            change.why if change else "",
         )
     out.print(table)
+    if registry.pinned():
+        out.print(f"the live version is pinned by {registry.pinned()}")
     return 0
 
 
@@ -56,15 +66,105 @@ def show_policy(config: Config, version: Version, /, *, overrides: Set = (), as_
     row = registry.get(version)
     lineage = registry.lineage(row.version)
     history = [change for change in registry.history() if change.version == row.version]
+    stages = registry.stages(row.version)
     if as_json:
-        print_json({**_plain(row), "lineage": [ancestor.version for ancestor in lineage], "history": history})
+        lines = [ancestor.version for ancestor in lineage]
+        print_json({**_plain(row), "lineage": lines, "history": history, "stages": stages})
         return 0
     out.print(f"version  {row.version}{'  (live)' if row.live else ''}")
     for key, value in row.made.items():
         out.print(f"  {key}: {value}")
     out.print(f"lineage  {' <- '.join(ancestor.version[:8] for ancestor in lineage)}")
     for change in history:
-        out.print(f"live     {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(change.unix_s))} ({change.why})")
+        out.print(f"live     {_when(change.unix_s)} ({change.why})")
+    for step in stages:
+        out.print(f"{step.stage:<9}{_when(step.unix_s)} {step.why} ({step.who})")
+        for key, value in step.evidence.items():
+            out.print(f"  {key}: {value}")
+    return 0
+
+
+def diff(
+    config: Config, version: Version, other: Version = "", /, *, overrides: Set = (), as_json: Json = False
+) -> int:
+    """Compare two versions on what the robots of the run have seen; the second is the live one if not given.
+
+    The figures are those of the gate (docs/deploying.md): how far the actions are apart, and how well each repeats what
+    was sent in successful episodes.
+
+    Examples:
+      fieldtune policies diff quickstart 3fa9
+      fieldtune policies diff quickstart 3fa9 77c0
+
+    Args:
+        version: a version id or a unique prefix
+        other: what it is compared with
+    """
+    deployment = load_deployment(config, overrides)
+    run = run_dir(deployment)
+    registry = Registry(run.registry)
+    names = [registry.get(version).version, registry.get(other).version if other else registry.live()]
+    first, second = (Policy.load(run.policies / str(name)) for name in names)
+    report = judge(first, second, gate_episodes(run), deployment.runtime.deploy.gate)
+    if as_json:
+        print_json({"version": names[0], "other": names[1], "gate": report})
+        return 0
+    out.print(f"{names[0][:12]} beside {str(names[1])[:12]}, {report.decisions} logged decisions")
+    for key in ("divergence", "kl", "outside", "live_outside", "cloning_error", "live_cloning_error"):
+        out.print(f"  {key.replace('live_', 'the other: '):<26}{getattr(report, key):.4g}")
+    for why in report.refused:
+        out.print(f"  the gate would refuse it: {why}")
+    return 0
+
+
+def promote(config: Config, version: Version = "", /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """Make a version live by hand: the canary that runs, or any version of the run. Kept with your name.
+
+    Examples:
+      fieldtune policies promote my_arm.yaml
+      fieldtune policies promote my_arm.yaml 3fa9
+
+    Args:
+        version: a version id or a unique prefix; the canary's if not given
+    """
+    return _govern(config, overrides, "promote", version, as_json)
+
+
+def reject(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """End the canary that runs; its version will not go live.
+
+    Examples:
+      fieldtune policies reject my_arm.yaml
+    """
+    return _govern(config, overrides, "reject", "", as_json)
+
+
+def pin(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """Keep the live version until `unpin`: no candidate drives a robot, nothing is rolled back by rule.
+
+    Examples:
+      fieldtune policies pin my_arm.yaml
+    """
+    return _govern(config, overrides, "pin", "", as_json)
+
+
+def unpin(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
+    """Let the rules decide again.
+
+    Examples:
+      fieldtune policies unpin my_arm.yaml
+    """
+    return _govern(config, overrides, "unpin", "", as_json)
+
+
+def _govern(config: str, overrides: tuple[str, ...], command: Governing, version: str, as_json: bool) -> int:
+    deployment = load_deployment(config, overrides)
+    with connect(deployment, "policies", timeout_s=10.0) as client:
+        reply, _ = client.request(Govern(command=command, version=version, who=getpass.getuser()), Serving)
+    if as_json:
+        print_json({"version": reply.version, "previous": reply.previous})
+    else:
+        out.print(f"{reply.version[:12]} is live")
     return 0
 
 
@@ -84,14 +184,16 @@ def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: 
             raise SilentError("a run without a version has no runtime")
         with connect(deployment, "policies", timeout_s=10.0) as client:
             reply, _ = client.request(Announce(path=str(path.resolve())), Serving)
-        version, where = reply.version, "the running runtime"
+        version = read_bundle(path).version
+        where = "the running runtime" if reply.version == version else ""
     except SilentError:
         version, where = install(deployment, path, bundle), "the next start"
         registry.set_live(version, why="added by hand")
     if as_json:
         print_json({"version": version})
     else:
-        out.print(f"{version[:12]} is live for {where}")
+        passed = Registry(run_dir(deployment).registry).stage(version)
+        out.print(f"{version[:12]} is live for {where}" if where else f"{version[:12]}: {passed}")
     return 0
 
 
@@ -124,6 +226,10 @@ def rollback(config: Config, version: Version = "", /, *, overrides: Set = (), a
     else:
         out.print(f"{now[:12]} is live for {where}; before it was {before[:12]}")
     return 0
+
+
+def _when(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_s))
 
 
 def _plain(row: VersionRow) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from fieldtune.deployment import load_deployment
 from runtime.episodes import EpisodeLog
 from runtime.schedule import WINDOW_EPISODES, Training
 from runtime.server import PolicyServer
+from runtime.staging import Staging
 from runtime.supervisor import stop_on_signals
 from runtime.swap import Live
 
@@ -34,7 +35,9 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     settings = deployment.runtime
     tasks = deployment.trainer.post_trained(make_backend(deployment.backend).spec)
     live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
+    horizon_steps = deployment.bridge.horizon_steps
     log = EpisodeLog(run.episodes, queue_mb=settings.log.queue_mb, keep_gb=settings.log.keep_gb)
+    staging: Staging | None = None
     try:
         # Seeds go on from where the log stands, so that a restart does not repeat them.
         rng = np.random.default_rng([deployment.seed, log.index.count()])
@@ -47,17 +50,23 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
             balance=settings.balance,
             recent={task: log.index.recent_successes(task, WINDOW_EPISODES) for task in tasks},
         )
+        if settings.deploy.mode == "staged":
+            staging = Staging(run, live, settings.deploy, horizon_steps=horizon_steps, warn=warn)
         server = PolicyServer(
             resolve_endpoint(settings.serve.endpoint, deployment.run_dir),
-            live,
+            staging or live,
             log,
             schedule,
             explore=not mean,
-            horizon_steps=deployment.bridge.horizon_steps,
+            horizon_steps=horizon_steps,
             config=settings.serve,
         )
         warn(f"serving version {live().version[:12]} on {server.endpoint}")
+        if staging:
+            staging.start(server.oldest_open_unix_s)
         server.run(stop.is_set)
     finally:
+        if staging:
+            staging.close()
         log.close()
     return 0

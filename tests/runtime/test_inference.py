@@ -51,7 +51,7 @@ def collect() -> Iterator[Callable[..., tuple[InferenceThread, list[Decided], th
             if len(decided) >= expect:
                 done.set()
 
-        threads.append(InferenceThread(live, max_batch, take))
+        threads.append(InferenceThread(lambda arm: live(), max_batch, take))
         threads[-1].start()
         return threads[-1], decided, done
 
