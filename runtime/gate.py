@@ -86,7 +86,7 @@ def judge(candidate: Infers, live: Infers, episodes: Sequence[Episode], rule: Ga
 
 
 def gate_episodes(run: RunDir) -> list[Episode]:
-    """The newest episodes of a run's robots that came to their end, oldest first; demonstrations where there are none."""
+    """The newest episodes of a run's robots that came to their end, oldest first; else demonstrations."""
     for directory in (run.episodes, run.demos):
         index = EpisodeIndex(directory)
         rows = [row for row in index.list(limit=EPISODES) if row.status != "aborted" and not row.deleted]

@@ -103,13 +103,13 @@ def diff(
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)
     registry = Registry(run.registry)
-    names = [registry.get(version).version, registry.get(other).version if other else registry.live()]
-    first, second = (Policy.load(run.policies / str(name)) for name in names)
+    names = [registry.get(wanted).version for wanted in (version, other or registry.live() or "")]
+    first, second = (Policy.load(run.policies / name) for name in names)
     report = judge(first, second, gate_episodes(run), deployment.runtime.deploy.gate)
     if as_json:
         print_json({"version": names[0], "other": names[1], "gate": report})
         return 0
-    out.print(f"{names[0][:12]} beside {str(names[1])[:12]}, {report.decisions} logged decisions")
+    out.print(f"{names[0][:12]} beside {names[1][:12]}, {report.decisions} logged decisions")
     for key in ("divergence", "kl", "outside", "live_outside", "cloning_error", "live_cloning_error"):
         out.print(f"  {key.replace('live_', 'the other: '):<26}{getattr(report, key):.4g}")
     for why in report.refused:
