@@ -59,8 +59,9 @@ class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     given, the spec holds tuples. `privileged` describes simulator state that only the trainer's critic may see; a real
     robot has none. `paced` is true where time passes by itself (a robot: the loop sleeps to the control rate) and false
     where time advances in `apply` (a simulator). `max_rate` is the largest change of each element of an absolute action
-    in a second; without it a robot moves through at most its whole range in a second. Raises `ValueError` for a task
-    without a text.
+    in a second; without it a robot moves through at most its whole range in a second. `judges` is false where the
+    backend cannot tell success and failure: an episode that reaches its horizon then waits for somebody's label. Raises
+    `ValueError` for a task without a text.
     """
 
     name: str
@@ -72,6 +73,7 @@ class BackendSpec(Struct, frozen=True, forbid_unknown_fields=True):
     privileged: VectorSpec | None = None
     paced: bool = False
     max_rate: tuple[float, ...] | None = None
+    judges: bool = True
 
     def __post_init__(self) -> None:
         held = {task: _texts(task, given) for task, given in self.instructions.items()}

@@ -42,7 +42,7 @@ from bridge.safety import HELD, STARVED
 PAUSED_S = 0.02  # between two looks at a paused simulator
 TELL_S = 2.0  # for the runtime to hear why an episode is given up
 RECENT_DELAYS = 10  # chunks whose delays say for how many steps to commit
-End = Literal["success", "failure", "timeout"]
+End = Literal["success", "failure", "timeout", "unjudged"]
 ENDINGS: dict[Ending, tuple[End, str]] = {
     # Cut off without a verdict: what is learned from it is what a time-out teaches.
     "end": ("timeout", "ended by the operator"),
@@ -55,7 +55,7 @@ ENDINGS: dict[Ending, tuple[End, str]] = {
 class EpisodeReport:
     """What one episode came to, for the screen."""
 
-    status: Status
+    status: End
     steps: int
     decisions: int
     ticks: Ticks
@@ -121,7 +121,7 @@ class EpisodeLoop:
         spec says, and `StoppedError`; the backend has been stopped by then.
         """
         guard, assignment = self.guard, self.assignment
-        status: Status = "running"
+        status: Status | End = "running"
         reason = ""
         try:
             guard.begin(assignment.episode, lambda: self.backend.reset(assignment.task, assignment.seed))
@@ -141,6 +141,8 @@ class EpisodeLoop:
                     status, reason = ENDINGS[guard.ending]
                 if status == "running" and self.step >= assignment.horizon_steps:
                     status = "timeout"
+            if status == "timeout" and not self.backend.spec.judges:
+                status = "unjudged"
             end_request = self._end(status, reason)
         except BaseException as error:
             # A runtime that is silent cannot hear why, and of a stop it hears from the guarding thread.

@@ -118,7 +118,7 @@ class EndEpisode(Message, frozen=True, tag="end_episode"):
 
     session: str
     episode: str
-    status: Literal["success", "failure", "timeout", "aborted"]
+    status: Literal["success", "failure", "timeout", "unjudged", "aborted"]
     steps: int
     played: tuple[Played, ...] = ()
     reason: str = ""

@@ -45,6 +45,7 @@ COMMANDS = {
     "policies unpin": ("fieldtune.commands.policies:unpin", "let the rules decide again"),
     "episodes list": ("fieldtune.commands.episodes:list_episodes", "list logged episodes"),
     "episodes show": ("fieldtune.commands.episodes:show_episode", "show one episode, decision by decision"),
+    "episodes label": ("fieldtune.commands.episodes:label_episode", "say how an episode went"),
     "episodes replay": ("fieldtune.commands.replay:replay_episode", "make an episode's decisions again, and compare"),
     "bundle list": ("fieldtune.commands.bundle:list_bundles", "list the policies that ship with fieldtune"),
     "bundle make": ("fieldtune.commands.bundle:make", "make a bundle from any ONNX policy and a spec"),

@@ -25,7 +25,7 @@ from runtime.decide_again import asked_again
 from runtime.episode import Decision, Episode
 from runtime.index import EpisodeIndex
 from runtime.inference import Infers, batch_inputs
-from runtime.reading import read_episode
+from runtime.reading import read_row
 from runtime.rundir import RunDir
 
 Float64 = NDArray[np.float64]
@@ -91,7 +91,7 @@ def gate_episodes(run: RunDir) -> list[Episode]:
         index = EpisodeIndex(directory)
         rows = [row for row in index.list(limit=EPISODES) if row.status != "aborted" and not row.deleted]
         if rows:
-            return [read_episode(index.path(row)) for row in reversed(rows)]
+            return [read_row(index, row) for row in reversed(rows)]
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,34 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from runtime.database import Database
-from runtime.episode import End, Source
+from runtime.database import Database, DatabaseError
+from runtime.episode import End, Label, Source
 
 _SCHEMA = (
     # AUTOINCREMENT: a seq is never given twice, so a reader's cursor can only move forward.
-    """CREATE TABLE episodes (
+    """CREATE TABLE IF NOT EXISTS episodes (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, episode TEXT NOT NULL UNIQUE, file TEXT NOT NULL, task TEXT NOT NULL,
         seed INTEGER NOT NULL, source TEXT NOT NULL, explore INTEGER NOT NULL, status TEXT NOT NULL,
         steps INTEGER NOT NULL, decisions INTEGER NOT NULL, versions TEXT NOT NULL, client TEXT NOT NULL,
         started_unix_s REAL NOT NULL, ended_unix_s REAL NOT NULL, reason TEXT NOT NULL, bytes INTEGER NOT NULL,
         deleted INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE INDEX on_disk ON episodes (seq) WHERE deleted = 0",
-    "CREATE TABLE taken (one INTEGER PRIMARY KEY CHECK (one = 1), through_seq INTEGER NOT NULL)",
-    "CREATE TABLE held (episode TEXT PRIMARY KEY)",
+    "CREATE INDEX IF NOT EXISTS on_disk ON episodes (seq) WHERE deleted = 0",
+    "CREATE TABLE IF NOT EXISTS taken (one INTEGER PRIMARY KEY CHECK (one = 1), through_seq INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS held (episode TEXT PRIMARY KEY)",
+    """CREATE TABLE IF NOT EXISTS labels (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, episode TEXT NOT NULL, label TEXT NOT NULL, who TEXT NOT NULL,
+        unix_s REAL NOT NULL)""",
+    "CREATE INDEX IF NOT EXISTS labels_of ON labels (episode)",
+    # An episode as it counts: its last label is above what the robot said.
+    """CREATE VIEW IF NOT EXISTS rated AS SELECT
+        seq, e.episode, file, task, seed, source, explore,
+        CASE label WHEN 'discard' THEN 'aborted' WHEN 'success' THEN 'success' WHEN 'failure' THEN 'failure'
+            ELSE status END AS status,
+        steps, decisions, versions, client, started_unix_s, ended_unix_s,
+        CASE label WHEN 'discard' THEN 'discarded by ' || who ELSE reason END AS reason,
+        bytes, deleted, COALESCE(who, '') AS labelled_by
+        FROM episodes e LEFT JOIN labels l
+        ON l.number = (SELECT MAX(number) FROM labels WHERE labels.episode = e.episode)""",
 )
 
 
@@ -40,6 +55,7 @@ class EpisodeRow(Struct, frozen=True, kw_only=True):
     source: Source
     explore: bool
     status: End
+    """As it counts: a label is above what the robot said, and a discarded episode counts as aborted."""
     steps: int
     decisions: int
     versions: tuple[str, ...]
@@ -52,12 +68,28 @@ class EpisodeRow(Struct, frozen=True, kw_only=True):
     bytes: int
     deleted: bool = False
     """The file is gone: retention has deleted it, or somebody else."""
+    labelled_by: str = ""
+    """Who has labelled it; empty if nobody has."""
+
+
+class LabelRow(Struct, frozen=True, kw_only=True):
+    """One label that somebody gave."""
+
+    number: int
+    """1, 2, 3, ... over all episodes."""
+    episode: str
+    label: Label
+    who: str
+    unix_s: float
+    awaited: bool
+    """It is the first of an episode that the robot could not judge."""
 
 
 _COLUMNS = EpisodeRow.__struct_fields__
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM episodes"  # noqa: S608 (names of our own columns)
+_STORED = _COLUMNS[1:-1]
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM rated"  # noqa: S608 (names of our own columns)
 _INSERT = (
-    f"INSERT INTO episodes ({', '.join(_COLUMNS[1:])}) VALUES ({', '.join('?' * len(_COLUMNS[1:]))}) "  # noqa: S608
+    f"INSERT INTO episodes ({', '.join(_STORED)}) VALUES ({', '.join('?' * len(_STORED))}) "  # noqa: S608
     "ON CONFLICT (episode) DO NOTHING"
 )
 _FILTER = (
@@ -75,7 +107,7 @@ class EpisodeIndex:
     def __init__(self, directory: Path) -> None:
         """`directory` is that of the log."""
         self.directory = directory
-        self._database = Database(directory / "index.sqlite", _SCHEMA)
+        self._database = Database(directory / "index.sqlite", _SCHEMA, version=2)
 
     def after(self, seq: int, limit: int = 1000) -> builtins.list[EpisodeRow]:
         """The first `limit` rows above `seq`, in order; all statuses, deleted ones too."""
@@ -98,13 +130,14 @@ class EpisodeIndex:
 
     def count(self, *, task: str | None = None, status: End | None = None, version: str | None = None) -> int:
         """How many rows fit; see `list`."""
-        found = self._database.rows(f"SELECT COUNT(*) FROM episodes{_FILTER}", (task, status, version))  # noqa: S608
+        found = self._database.rows(f"SELECT COUNT(*) FROM rated{_FILTER}", (task, status, version))  # noqa: S608
         return int(found[0][0]) if found else 0
 
     def recent_successes(self, task: str, limit: int) -> builtins.list[bool]:
-        """Whether each of the last `limit` episodes of a task that were not aborted succeeded, oldest first."""
+        """Whether each of the last `limit` episodes of a task of which that is known succeeded, oldest first."""
         found = self._database.rows(
-            "SELECT status FROM episodes WHERE task = ? AND status != 'aborted' ORDER BY seq DESC LIMIT ?",
+            "SELECT status FROM rated WHERE task = ? AND status NOT IN ('aborted', 'unjudged') "
+            "ORDER BY seq DESC LIMIT ?",
             (task, limit),
         )
         return [status == "success" for (status,) in reversed(found)]
@@ -124,13 +157,46 @@ class EpisodeIndex:
             connection.execute("DELETE FROM held")
             connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(episode,) for episode in held])
 
+    # --- labels ---------------------------------------------------------------------------------------------------
+
+    def label(self, episode: str, label: Label, who: str) -> EpisodeRow:
+        """Say how an episode went, now or again; gives its row. Raises `DatabaseError` if there is no such episode."""
+        with self._database.transaction() as connection:
+            if not connection.execute("SELECT 1 FROM episodes WHERE episode = ?", (episode,)).fetchone():
+                raise DatabaseError(f"no episode {episode} in {self.directory}")
+            connection.execute(
+                "INSERT INTO labels (episode, label, who, unix_s) VALUES (?, ?, ?, ?)",
+                (episode, label, who, time.time()),
+            )
+        row = self.get(episode)
+        assert row is not None
+        return row
+
+    def labels_after(self, number: int) -> builtins.list[LabelRow]:
+        """All labels above `number`, in the order in which they were given."""
+        rows = self._database.rows(
+            "SELECT number, episode, label, who, unix_s, status = 'unjudged' AND NOT EXISTS (SELECT 1 FROM labels "
+            "before WHERE before.episode = labels.episode AND before.number < labels.number) "
+            "FROM labels JOIN episodes USING (episode) WHERE number > ? ORDER BY number",
+            (number,),
+        )
+        return [
+            LabelRow(number=number, episode=episode, label=label, who=who, unix_s=unix_s, awaited=bool(awaited))
+            for number, episode, label, who, unix_s, awaited in rows
+        ]
+
+    def labels_of(self, episode: str) -> builtins.list[LabelRow]:
+        """The labels of one episode, oldest first."""
+        return [row for row in self.labels_after(0) if row.episode == episode]
+
     # --- for the log ----------------------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[EpisodeRow]) -> None:
         """Add rows in one transaction, in their order; the index gives the seq. An episode known already stays."""
         values = [
             tuple(
-                msgspec.json.encode(v).decode() if isinstance(v, tuple) else v for v in msgspec.structs.astuple(row)[1:]
+                msgspec.json.encode(v).decode() if isinstance(v, tuple) else v
+                for v in msgspec.structs.astuple(row)[1:-1]
             )
             for row in rows
         ]

@@ -14,9 +14,10 @@ from bridge.messages import WireError, check_observation
 from bridge.safety import STARVED
 from runtime.episode import FORMAT, Decision, DecisionRecord, EndRecord, Episode, EpisodeStart, ExecutedRecord, Record
 from runtime.episode_file import EpisodeError
+from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.records import RecordError, scan_records, tensor_arrays
 
-__all__ = ["EpisodeError", "read_episode", "read_start"]
+__all__ = ["EpisodeError", "read_episode", "read_row", "read_start"]
 
 
 Arrays = dict[str, NDArray[Any]]
@@ -30,6 +31,15 @@ def read_episode(path: Path) -> Episode:
     file that is missing, damaged, not ended, or whose records do not fit together or the backend's spec in it.
     """
     return _with_path(_read, path)
+
+
+def read_row(index: EpisodeIndex, row: EpisodeRow) -> Episode:
+    """The episode of a row of the index, with the status and the reason that count: those of its last label, if it has
+    any. Raises `EpisodeError` as `read_episode` does.
+    """
+    episode = read_episode(index.path(row))
+    episode.status, episode.reason = row.status, row.reason
+    return episode
 
 
 def read_start(path: Path) -> EpisodeStart:

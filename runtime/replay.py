@@ -24,7 +24,7 @@ SAME = 1e-3
 float32 on another processor differs by about 1e-5, and another version by 1e-2 and more."""
 
 _OPTIONS = "$.backend.options"
-_ENDS: tuple[End, ...] = ("success", "failure", "timeout")
+_ENDS: tuple[End, ...] = ("success", "failure", "timeout", "unjudged")
 
 
 class ReplayOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,8 +123,8 @@ class Replay:
         if playing.step < playing.steps:
             return Outcome("running", reward)
         status = playing.episode.status
-        if status == "aborted" or max(playing.differences) > SAME:
-            status = "timeout"
+        if status == "aborted" or status == "unjudged" or max(playing.differences) > SAME:
+            return Outcome("timeout", reward)
         return Outcome(status, reward)
 
     def hold_action(self) -> Float32:

@@ -29,7 +29,7 @@ from runtime.episode import Episode
 from runtime.gate import gate_episodes, judge
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.policy import Policy
-from runtime.reading import EpisodeError, read_episode
+from runtime.reading import EpisodeError, read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.swap import Live
@@ -248,6 +248,8 @@ class Staging:
         stopped = row.status == "aborted" and row.reason.startswith("stopped")
         if row.source != "policy" or len(row.versions) != 1 or (row.status == "aborted" and not stopped):
             return
+        if row.status == "unjudged":
+            return
         (version,) = row.versions
         trial = self._trial
         if trial and row.seq > trial.since_seq and version in (trial.test.candidate, trial.test.live):
@@ -269,7 +271,7 @@ class Staging:
 
     def _check_drift(self, row: EpisodeRow) -> None:
         try:
-            episode = read_episode(self._index.path(row))
+            episode = read_row(self._index, row)
         except EpisodeError:
             return  # retention has just deleted it
         if self._monitor is None:

@@ -83,6 +83,11 @@ class DemoBuffer:
             entries.remove(max(entries, key=_leaves_first))
         return entry in entries
 
+    def discard(self, episode: str) -> None:
+        """Take an episode out, if it is there: somebody has said that it was no success."""
+        for entries in self._entries.values():
+            entries[:] = [entry for entry in entries if entry.episode != episode]
+
     def sample(self, count: int, rng: np.random.Generator) -> tuple[CloningSamples, NDArray[np.int64]]:
         """`count` samples with replacement, every task that has any equally likely, then every sample of the task.
 

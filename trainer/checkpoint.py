@@ -29,6 +29,8 @@ class TrainerState(Struct, kw_only=True, forbid_unknown_fields=True):
     """The version that the weights in the checkpoint were published as; it may not be live yet."""
     cursor: int
     """Sequence number of the last episode taken from the index."""
+    labels: int = 0
+    """Number of the last label taken from it."""
     env_steps: int
     """Environment steps learned from."""
     elapsed_s: float

@@ -31,7 +31,7 @@ from runtime.bundle import read_bundle
 from runtime.episode import Episode
 from runtime.index import EpisodeRow
 from runtime.policy import encode
-from runtime.reading import EpisodeError, read_episode
+from runtime.reading import EpisodeError, read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import metrics
@@ -160,6 +160,8 @@ class ContinualTrainer:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._versions.set_exploration(config.ppo)
+        self._labels = self._state.labels
+        self._awaited: set[str] = set()
         self._collect_wait_s = 0.0
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
@@ -195,14 +197,18 @@ class ContinualTrainer:
         newest, ready = self._state.cursor, 0
         began_s = news_s = time.monotonic()
         while not self.finished():
+            judged = self._judged(newest)
+            known = {row.episode for row in judged}
+            rows = [row for row in rows if row.episode not in known] + judged
             new = self._index.after(newest, PULL_ROWS)
             if new or self._versions.on_trial:
                 # The version may have been rejected, by rule or by hand: then everything is older than it was.
                 self._follow_live()
                 rows += new
                 newest = new[-1].seq
-                ready = sum(self._is_fresh(row) for row in rows)
                 news_s = time.monotonic()
+            if new or judged:
+                ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
             if len(new) == PULL_ROWS:
                 continue
             if ready >= wanted and not self._versions.on_trial:
@@ -214,6 +220,22 @@ class ContinualTrainer:
             self._stop.wait(POLL_S)
         return None
 
+    def _judged(self, newest: int) -> list[EpisodeRow]:
+        """Rows up to `newest` that somebody has labelled since the last time, as they count now; those above come by
+        themselves.
+        """
+        labels = self._index.labels_after(self._labels)
+        if not labels:
+            return []
+        self._labels = labels[-1].number
+        self._awaited |= {label.episode for label in labels if label.awaited}
+        rows = [self._index.get(episode) for episode in dict.fromkeys(label.episode for label in labels)]
+        return [row for row in rows if row is not None and row.seq <= newest]
+
+    def _was_taken(self, row: EpisodeRow) -> bool:
+        """Whether PPO has had its turn with an episode: a label then changes the buffer only."""
+        return row.seq <= self._state.cursor and row.episode not in self._awaited
+
     def _age(self, version: str) -> int:
         """How many versions ago it acted; too many to learn from if it explored with another noise than is now."""
         behaviours, limit = self._versions.behaviours, self._config.max_staleness_versions
@@ -221,7 +243,8 @@ class ContinualTrainer:
         return age if age > limit or behaviours.explored_like(version, self._vla) else age + limit + 1
 
     def _is_exploring(self, row: EpisodeRow) -> bool:
-        if row.deleted or row.status == "aborted":
+        # One that nobody has judged yet is taken when somebody does.
+        if row.deleted or row.status in ("aborted", "unjudged"):
             return False
         return row.explore and row.source == "policy" and row.task in self._tasks
 
@@ -255,7 +278,9 @@ class ContinualTrainer:
         if self._stop.is_set() and (warming_up or result is None):
             return None
         self._state.iteration += 1
-        self._state.cursor = rows[-1].seq
+        self._state.cursor = max(self._state.cursor, *(row.seq for row in rows))
+        self._state.labels = self._labels
+        self._awaited.clear()
         self._state.env_steps += sum(episode.steps for episode in episodes)
         if result is not None:
             self._state.after_warmup += 1
@@ -267,7 +292,7 @@ class ContinualTrainer:
                     "command": "train",
                     "iteration": self._state.iteration,
                     "env_steps": self._state.env_steps,
-                    "episodes_seq": [rows[0].seq, rows[-1].seq],
+                    "episodes_seq": [min(row.seq for row in rows), max(row.seq for row in rows)],
                 }
             )
         line = {
@@ -308,21 +333,27 @@ class ContinualTrainer:
         """Read the episodes, tell buffer and weight of them, and give the newest ones that PPO can learn from."""
         most = LARGEST_BATCH * self._config.episodes_per_iteration * len(self._tasks)
         exploring = [row for row in rows if self._is_exploring(row)]
-        learnable = {row.seq for row in [row for row in exploring if self._is_fresh(row)][-most:]}
+        taken = {row.seq for row in rows if self._was_taken(row)}
+        fresh = [row for row in exploring if self._is_fresh(row) and row.seq not in taken]
+        learnable = {row.seq for row in fresh[-most:]}
+        for row in rows:
+            if row.seq in taken and row.status != "success":
+                self._buffer.discard(row.episode)
         episodes: list[Episode] = []
         counts = {
             "aborted": sum(row.status == "aborted" for row in rows),
             "unreadable": 0,
-            "dropped_stale": sum(row.decisions for row in exploring if row.seq not in learnable),
+            "dropped_stale": sum(row.decisions for row in exploring if row.seq not in learnable | taken),
         }
         for row in exploring:
             try:
-                episode = read_episode(self._index.path(row))
+                episode = read_row(self._index, row)
             except EpisodeError as error:
                 self._warn(f"{error}; it is left out")
                 counts["unreadable"] += 1
                 continue
-            self._weight.add_results(row.task, [episode.success])
+            if row.seq not in taken:
+                self._weight.add_results(row.task, [episode.success])
             if episode.success:
                 samples = partial(self._experience.samples, episode)
                 self._buffer.offer(row.task, row.episode, row.steps, row.versions, samples)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bridge.errors import FieldtuneError
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex
-from runtime.reading import read_episode
+from runtime.reading import read_row
 from runtime.rundir import RunDir
 from trainer.buffer import DemoBuffer, thin
 from trainer.config import DemosConfig
@@ -47,7 +47,7 @@ class Experience:
         kept = 0
         for task in tasks:
             for row in demo_rows(self._demos, task, config):
-                samples = self.demonstration(read_episode(self._demos.path(row)))
+                samples = self.demonstration(read_row(self._demos, row))
                 kept += buffer.seed(task, row.episode, row.steps, row.versions, samples)
         return kept
 
@@ -60,5 +60,5 @@ class Experience:
                 f"{index.directory}: episode {episode} of the demonstration buffer is no longer in the log; put its "
                 "file back, or move the trainer's checkpoint away to start again from the live version"
             )
-        read = read_episode(index.path(row))
+        read = read_row(index, row)
         return self.demonstration(read) if demonstration else self.samples(read)

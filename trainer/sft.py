@@ -22,7 +22,7 @@ from runtime.bundle import FORMAT, Bundle, PolicySpec, read_bundle
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.policy import encode
-from runtime.reading import read_episode
+from runtime.reading import read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
@@ -72,7 +72,7 @@ def run_sft(
     def parts() -> Iterator[tuple[CloningSamples, Float32 | None]]:
         for own in rows.values():
             for row in own:
-                episode = read_episode(index.path(row))
+                episode = read_row(index, row)
                 tokens = encode(tokenizer, episode.start.instruction, config.vla.max_tokens)
                 samples = cloning_samples(episode, config.vla.horizon_steps, tokens)
                 yield samples, _privileged(episode) if config.sft.auxiliary else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from bridge.errors import FieldtuneError
 from bridge.messages import RULES
 from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
-from runtime.episode import Decision
+from runtime.episode import Decision, End, Label
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
@@ -29,7 +30,7 @@ def list_episodes(
     log: Log = "episodes",
     limit: int = 20,
     task: str | None = None,
-    status: Literal["success", "failure", "timeout", "aborted"] | None = None,
+    status: End | None = None,
     version: str | None = None,
     as_json: Json = False,
 ) -> int:
@@ -57,7 +58,7 @@ def list_episodes(
             row.episode,
             row.task,
             str(row.seed),
-            row.status + (f" ({row.reason})" if row.reason else ""),
+            _ended(row),
             str(row.steps),
             " ".join(v[:8] for v in row.versions),
             time.strftime("%d %H:%M:%S", time.localtime(row.started_unix_s)),
@@ -102,7 +103,7 @@ def show_episode(
     if as_json:
         print_json({"row": row, "instruction": whole.start.instruction, "decisions": decisions})
         return 0
-    out.print(f"{row.episode}  {row.task} seed {row.seed}: {row.status} after {row.steps} steps {row.reason}")
+    out.print(f"{row.episode}  {row.task} seed {row.seed}: {_ended(row)} after {row.steps} steps")
     out.print(f"instruction: {whole.start.instruction}")
     table = list_table("step", "version", "executed", "log-prob", "reward", "safety", "first action")
     for d in decisions:
@@ -118,6 +119,45 @@ def show_episode(
         )
     out.print(table)
     return 0
+
+
+def label_episode(
+    config: Config,
+    episode: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EPISODE")],
+    label: Annotated[tyro.conf.Positional[Label], tyro.conf.arg(metavar="success|failure|discard")],
+    /,
+    *,
+    overrides: Set = (),
+    who: str | None = None,
+    as_json: Json = False,
+) -> int:
+    """Say how an episode went, now or again; a trainer that runs takes it up.
+
+    An episode that a robot could not judge is learned from once it is labelled. A success that was none leaves the
+    demonstration buffer; a failure that was a success may enter it. `discard`: nothing is to be learned from it.
+
+    Examples:
+      fieldtune episodes label my_arm.yaml 0197f3... success
+      fieldtune episodes label my_arm.yaml 0197f3... discard --who ada
+
+    Args:
+        episode: id of the episode
+        label: how it went
+        who: whose word it is, if not yours
+    """
+    index = EpisodeIndex(run_dir(load_deployment(config, overrides)).episodes)
+    row = index.label(find_episode(index, episode).episode, label, who or getpass.getuser())
+    if as_json:
+        print_json({"episode": row})
+    else:
+        out.print(f"{row.episode}  {row.task} seed {row.seed}: {_ended(row)}")
+    return 0
+
+
+def _ended(row: EpisodeRow) -> str:
+    """How it ended, why, and whose word that is."""
+    why = f" ({row.reason})" if row.reason else ""
+    return f"{row.status}, says {row.labelled_by}" if row.labelled_by and not why else row.status + why
 
 
 def _rules(decision: Decision) -> dict[str, int]:
