@@ -109,6 +109,7 @@ class DriftMonitor:
             name: [_Watch(direction, per_alarm * (outcomes if name in OUTCOMES else others)) for direction in given]
             for name, given in directions.items()
         }
+        self.names = frozenset(directions)
         self._values: dict[str, list[float]] = {name: [] for name in directions}
         self.drifts: list[Drift] = []
         """All alarms, oldest first; each statistic and direction gives one at most."""

@@ -14,7 +14,9 @@ That weights are finite, and graph and probe sound, is found when the bundle is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ from runtime.decide_again import asked_again
 from runtime.episode import Decision, Episode
 from runtime.index import EpisodeIndex
 from runtime.inference import Infers, batch_inputs
-from runtime.reading import read_row
+from runtime.reading import EpisodeError, read_row
 from runtime.rundir import RunDir
 
 Float64 = NDArray[np.float64]
@@ -56,7 +58,7 @@ def judge(candidate: Infers, live: Infers, episodes: Sequence[Episode], rule: Ga
     pairs = [(episode, decision) for episode in episodes for decision in episode.decisions]
     if not pairs:
         return GateReport(refused=(), decisions=0)
-    pairs = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, rule.decisions).astype(int))]
+    pairs = [pairs[i] for i in _evenly(len(pairs), rule.decisions)]
     action = live.spec.action
     half_range = (np.array(action.high) - np.array(action.low)) / 2
     center = (np.array(action.high) + np.array(action.low)) / 2
@@ -82,17 +84,35 @@ def judge(candidate: Infers, live: Infers, episodes: Sequence[Episode], rule: Ga
         ("cloning_error", report.cloning_error, max(rule.max_cloning * live_error, live_error + 0.01)),
     )
     broken = tuple(f"{name} is {found:.3g}, at most {most:.3g}" for name, found, most in limits if not found <= most)
-    return GateReport(**{**{f: getattr(report, f) for f in report.__struct_fields__}, "refused": broken})
+    return msgspec.structs.replace(report, refused=broken)
 
 
-def gate_episodes(run: RunDir) -> list[Episode]:
-    """The newest episodes of a run's robots that came to their end, oldest first; else demonstrations."""
+def gate_episodes(run: RunDir, decisions: int) -> list[Episode]:
+    """The newest episodes of a run's robots that came to their end, oldest first; else demonstrations.
+
+    Of each only as many decisions are kept as are needed to have `decisions` in all: the images of long episodes would
+    fill the memory.
+    """
     for directory in (run.episodes, run.demos):
         index = EpisodeIndex(directory)
         rows = [row for row in index.list(limit=EPISODES) if row.status != "aborted" and not row.deleted]
-        if rows:
-            return [read_row(index, row) for row in reversed(rows)]
+        episodes = []
+        for row in reversed(rows):
+            try:
+                episode = read_row(index, row)
+            except EpisodeError:
+                continue  # retention has just deleted it, or it is damaged
+            chosen = _evenly(len(episode.decisions), -(-decisions // len(rows)))
+            episodes.append(replace(episode, decisions=[episode.decisions[i] for i in chosen]))
+        index.close()
+        if episodes:
+            return episodes
     return []
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread evenly over 0 ... length - 1."""
+    return np.unique(np.linspace(0, length - 1, count).round().astype(int)).tolist() if length else []
 
 
 def _outputs(

@@ -153,17 +153,13 @@ class Registry:
             (change.unix_s, "live", change.version) for change in self.history()
         ]
         changes += [(change.unix_s, change.stage, change.version) for change in self.stages()]
-        acted, live, canary = [], "", ""
+        acted: builtins.list[str] = []
+        live = ""
         for _, stage, version in sorted(changes, key=lambda change: change[0]):
-            if stage == "live" and version != live:
-                live = version
-                acted.append(version)
-            elif stage == "canary":
-                canary = version
-                acted.append(version)
-            elif stage == "rejected" and version == canary:
-                canary = ""
-                acted.append(live)
+            live = version if stage == "live" else live
+            turn = {"live": live, "canary": version, "rejected": live}.get(stage, "")
+            if turn and turn != (acted[-1] if acted else ""):
+                acted.append(turn)
         return acted
 
     def pin(self, who: str, *, pinned: bool) -> None:

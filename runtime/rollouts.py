@@ -267,7 +267,8 @@ class Rollouts:
 
     def _count(self, opened: OpenEpisode, status: End) -> None:
         self._counters.interventions.update(opened.interventions)
-        brief = EpisodeBrief(opened.task, status, opened.steps, self._live().version, self._counters.uptime_s)
+        version = self._live.policy_of(opened.arm).version
+        brief = EpisodeBrief(opened.task, status, opened.steps, version, self._counters.uptime_s)
         self._counters.add_episode(brief)
 
 

@@ -11,6 +11,7 @@ the canary stands where it stood. The live version is watched for drift by the s
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bridge.errors import FieldtuneError
 from bridge.messages import Governing
 from runtime.bundle import BundleError
 from runtime.canary_test import Canary
 from runtime.config import DeployConfig
-from runtime.drift import Drift, DriftMonitor, episode_statistics, statistic_names
-from runtime.episode import Episode
-from runtime.gate import gate_episodes, judge
+from runtime.gate import GateReport, gate_episodes, judge
 from runtime.index import EpisodeIndex, EpisodeRow
+from runtime.live_watch import LiveWatch
 from runtime.policy import Policy
 from runtime.reading import EpisodeError, read_row
 from runtime.registry import Registry
@@ -35,16 +34,25 @@ from runtime.rundir import RunDir
 from runtime.swap import Live
 
 POLL_S = 0.25
-INTERVENTIONS = "interventions"
+PULL_ROWS = 1000
 
 
 @dataclass(slots=True)
 class _Trial:
-    """A canary that runs: from the episode after `since_seq` on."""
+    """A canary that runs.
+
+    Episodes count that began since then. Of those that were in progress the short ones are missing, which are the
+    successes: with them the live version would look worse than it is.
+    """
 
     policy: Policy
     test: Canary
-    since_seq: int
+    since_unix_s: float
+
+    def counts(self, row: EpisodeRow) -> bool:
+        """Whether the test wants this episode."""
+        known = row.versions in ((self.test.candidate,), (self.test.live,))
+        return known and row.source == "policy" and row.started_unix_s >= self.since_unix_s
 
 
 class Staging:
@@ -63,15 +71,18 @@ class Staging:
         self._thread = threading.Thread(target=self._watch, name="staging", daemon=True)
         self._open_since: Callable[[], float] = lambda: np.inf
         self._trial: _Trial | None = None
-        self._monitor: DriftMonitor | None = None
-        self._drifts: list[Drift] = []
+        self._live_watch = LiveWatch(config)
+        self._pinned_by = self._registry.pinned()
+        self._standing: dict[str, Any] = {}
+        self._waiting: list[EpisodeRow] = []
         version = live().version
         if self._registry.stage(version) != "live":
-            self._enter_live(version, "it was live before versions were staged", "rule")
-        self._live_since = int(self._registry.stages(version)[-1].evidence.get("since_seq", 0))
+            self._enter_live(version, "it was live when the runtime started", "rule")
+        since = self._registry.stages(version)[-1].evidence
+        self._live_since_unix_s = float(since["since_unix_s"])
+        self._cursor = int(since["since_seq"])
         self._resume()
-        self._cursor = self._live_since if self._trial is None else min(self._live_since, self._trial.since_seq)
-        self._waiting: list[EpisodeRow] = []
+        self._note()
 
     def start(self, open_since: Callable[[], float]) -> None:
         """Begin to read the log; `open_since` says when the oldest episode in progress began."""
@@ -109,19 +120,25 @@ class Staging:
         """A new candidate: through the gate, and into a canary. Gives the live version, which stays."""
         policy = self._live.load(path)
         with self._changing:
-            if policy.version == self._live().version:
-                return policy.version
+            trial = self._trial
+            if policy.version == self._live().version or (trial and trial.policy.version == policy.version):
+                return self._live().version
             self._registry.enter(policy.version, "candidate", why="announced")
-            pinned = self._registry.pinned()
-            report = judge(policy, self._live(), gate_episodes(self._run), self._config.gate)
-            figures = msgspec.to_builtins(report)
-            if pinned:
-                self._reject(policy.version, f"the live version is pinned by {pinned}", "rule", figures)
+        # Not under the lock: a gate that takes long must not hold up a rollback by rule.
+        live = self._live()
+        report = self._judged(policy, live)
+        figures = msgspec.to_builtins(report)
+        with self._changing:
+            if self._pinned_by:
+                self._reject(policy.version, f"the live version is pinned by {self._pinned_by}", "rule", figures)
             elif report.refused:
                 self._reject(policy.version, f"gate: {'; '.join(report.refused)}", "rule", figures)
+            elif self._live() is not live:
+                self._reject(policy.version, "the live version changed while it was judged", "rule", figures)
             else:
                 self._end_trial(f"superseded by {policy.version[:12]}", "rule")
                 self._begin_trial(policy, figures)
+            self._note()
         return self._live().version
 
     def rollback(self, version: str = "", *, why: str = "rollback", who: str = "operator") -> str:
@@ -133,6 +150,7 @@ class Staging:
                 self._end_trial("the live version was rolled back", who)
                 self._registry.enter(before, "rejected", why=why, who=who)
                 self._enter_live(after, why, who)
+                self._note()
         return after
 
     def govern(self, command: Governing, version: str, who: str) -> str:
@@ -141,6 +159,7 @@ class Staging:
             match command:
                 case "pin" | "unpin":
                     self._registry.pin(who, pinned=command == "pin")
+                    self._pinned_by = self._registry.pinned()
                     if command == "pin":
                         self._end_trial(f"the live version was pinned by {who}", who)
                 case "reject":
@@ -150,40 +169,58 @@ class Staging:
                     policy = self.policy_of(wanted)
                     if policy.version != wanted:
                         policy = self._live.load(self._run.policies / wanted)
-                    self._promote(policy, f"by {who}", who)
+                    if wanted != self._live().version:
+                        self._promote(policy, f"by {who}", who)
+            self._note()
         return self._live().version
 
     def standing(self) -> dict[str, Any]:
-        """The canary with its evidence, alarms, and who has pinned the live version."""
-        trial, monitor = self._trial, self._monitor
-        return {
-            "candidate": trial.policy.version if trial else "",
-            "evidence": msgspec.to_builtins(trial.test.evidence()) if trial else {},
-            "drifts": msgspec.to_builtins(self._drifts),
-            "drift": monitor.evidence() if monitor else {},
-            "pinned": self._registry.pinned(),
-        }
+        """The canary with its evidence, alarms, and who has pinned the live version, as of the last look."""
+        return self._standing
 
     # --- changes --------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """A canary that ran goes on; a candidate that was at the gate is put through it again."""
+        """A canary that ran goes on. A candidate that was at the gate may be why the runtime ended: it is rejected."""
         live = self._live().version
         last = {change.version: change for change in self._registry.stages()}
         for version, change in last.items():
-            if change.stage == "canary" and change.evidence.get("live") == live:
-                self._begin_trial(Policy.load(self._run.policies / version), {}, since_seq=change.evidence["since_seq"])
+            if change.stage == "canary" and change.evidence["live"] == live:
+                try:
+                    policy = Policy.load(self._run.policies / version)
+                except BundleError as error:
+                    self._reject(version, str(error), "rule", {})
+                    continue
+                self._trial = self._new_trial(policy, change.evidence["since_unix_s"])
+                self._cursor = min(self._cursor, change.evidence["since_seq"])
+                self._warn(f"canary {version[:12]} goes on")
             elif change.stage in ("candidate", "canary"):
-                self._registry.enter(version, "rejected", why="the runtime was stopped while it was judged")
+                self._reject(version, "the runtime was stopped while it was judged", "rule", {})
+            elif change.stage == "live" and version != live:
+                self._registry.enter(version, "retired", why=f"{live[:12]} was made live while nothing was staged")
 
-    def _begin_trial(self, policy: Policy, gate: dict[str, Any], since_seq: int | None = None) -> None:
-        live = self._live().version
-        if since_seq is None:
-            since_seq = self._newest_seq()
-            evidence = {"live": live, "since_seq": since_seq, "gate": gate}
-            self._registry.enter(policy.version, "canary", why="passed the gate", evidence=evidence)
-        self._trial = _Trial(policy, Canary(policy.version, live, self._horizon_steps, self._config.canary), since_seq)
+    def _judged(self, policy: Policy, live: Policy) -> GateReport:
+        try:
+            episodes = gate_episodes(self._run, self._config.gate.decisions)
+            return judge(policy, live, episodes, self._config.gate)
+        except Exception as error:  # noqa: BLE001 - whatever a foreign graph or a log raises: it must not stay a candidate
+            return GateReport(refused=(f"it cannot be judged: {error}",), decisions=0)
+
+    def _begin_trial(self, policy: Policy, gate: dict[str, Any]) -> None:
+        trial = self._new_trial(policy, time.time())
+        evidence = {
+            "live": trial.test.live,
+            "since_seq": self._newest_seq(),
+            "since_unix_s": trial.since_unix_s,
+            "gate": gate,
+        }
+        self._registry.enter(policy.version, "canary", why="passed the gate", evidence=evidence)
+        self._trial = trial
         self._warn(f"canary {policy.version[:12]} drives {self._config.canary.share:.0%} of the episodes")
+
+    def _new_trial(self, policy: Policy, since_unix_s: float) -> _Trial:
+        test = Canary(policy.version, self._live().version, self._horizon_steps, self._config.canary)
+        return _Trial(policy, test, since_unix_s)
 
     def _end_trial(self, why: str, who: str, *, must: bool = False) -> None:
         trial, self._trial = self._trial, None
@@ -194,6 +231,7 @@ class Staging:
 
     def _reject(self, version: str, why: str, who: str, evidence: dict[str, Any]) -> None:
         self._registry.enter(version, "rejected", why=why, who=who, evidence=evidence)
+        self._live.prune(self._trial.policy.version if self._trial else "")
         self._warn(f"version {version[:12]} is rejected: {why}")
 
     def _promote(self, policy: Policy, why: str, who: str) -> None:
@@ -208,10 +246,9 @@ class Staging:
         self._warn(f"version {policy.version[:12]} is live: {why}")
 
     def _enter_live(self, version: str, why: str, who: str, evidence: dict[str, Any] | None = None) -> None:
-        self._live_since, self._monitor, self._drifts = self._newest_seq(), None, []
-        self._registry.enter(
-            version, "live", why=why, who=who, evidence={**(evidence or {}), "since_seq": self._live_since}
-        )
+        self._live_since_unix_s, self._live_watch = time.time(), LiveWatch(self._config)
+        since = {"since_seq": self._newest_seq(), "since_unix_s": self._live_since_unix_s}
+        self._registry.enter(version, "live", why=why, who=who, evidence={**(evidence or {}), **since})
 
     def _candidate(self) -> str:
         if self._trial is None:
@@ -224,7 +261,7 @@ class Staging:
         while not self._stop.wait(POLL_S):
             try:
                 self.look()
-            except FieldtuneError as error:
+            except Exception as error:  # noqa: BLE001 - robots drive on, so somebody has to go on watching
                 self._warn(f"staging: {error}")
 
     def look(self) -> None:
@@ -233,30 +270,43 @@ class Staging:
         Short episodes end before long ones that began earlier; taken as they come, successes would be seen first.
         """
         open_since = self._open_since()
-        new = self._index.after(self._cursor)
-        if new:
+        while new := self._index.after(self._cursor, PULL_ROWS):
             self._cursor = new[-1].seq
-        rows = sorted([*self._waiting, *new], key=lambda row: row.started_unix_s)
-        self._waiting = [row for row in rows if row.started_unix_s >= open_since]
-        for row in rows:
-            if row.started_unix_s < open_since:
-                with self._changing:
-                    self._take(row)
+            self._waiting += new
+        self._waiting.sort(key=lambda row: row.started_unix_s)
+        taken = 0
+        while self._waiting and self._waiting[0].started_unix_s < open_since and not self._stop.is_set():
+            with self._changing:
+                row = self._as_judged(self._waiting[0])
+                if row is None:
+                    break
+                del self._waiting[0]
+                self._take(row)
+                taken += 1
+        if taken:
+            with self._changing:
+                self._note()
+
+    def _as_judged(self, row: EpisodeRow) -> EpisodeRow | None:
+        """The row with its label; None for one that a canary needs and nobody has judged yet. Those behind it wait:
+        people may label failures first.
+        """
+        if row.status != "unjudged" or self._trial is None or not self._trial.counts(row):
+            return row
+        found = self._index.get(row.episode)
+        return found if found is not None and found.status != "unjudged" else None
 
     def _take(self, row: EpisodeRow) -> None:
         # A stop is most often the policy's doing; what else breaks off says nothing of it.
         stopped = row.status == "aborted" and row.reason.startswith("stopped")
         if row.source != "policy" or len(row.versions) != 1 or (row.status == "aborted" and not stopped):
             return
-        if row.status == "unjudged":
-            return
-        (version,) = row.versions
-        trial = self._trial
-        if trial and row.seq > trial.since_seq and version in (trial.test.candidate, trial.test.live):
+        trial, (version,) = self._trial, row.versions
+        if trial and trial.counts(row):
             steps = self._horizon_steps if stopped else min(row.steps, self._horizon_steps)
             trial.test.add(version, row.status == "success", steps)
             self._conclude(trial)
-        if version == self._live().version and row.seq > self._live_since and not row.deleted:
+        if version == self._live().version and row.started_unix_s >= self._live_since_unix_s and not row.deleted:
             self._check_drift(row)
 
     def _conclude(self, trial: _Trial) -> None:
@@ -274,28 +324,30 @@ class Staging:
             episode = read_row(self._index, row)
         except EpisodeError:
             return  # retention has just deleted it
-        if self._monitor is None:
-            names = (*statistic_names(episode.start.spec), INTERVENTIONS)
-            self._monitor = DriftMonitor(names, self._config.drift)
-        found = {**episode_statistics(episode), INTERVENTIONS: intervention_share(episode)}
-        drifts = self._monitor.add(found)
-        self._drifts += drifts
-        for drift in drifts:
+        for drift in self._live_watch.add(episode):
             self._warn(f"drift: {drift.statistic} {drift.direction}, from {drift.record:.3g} to {drift.recent:.3g}")
-        worse = [d for d in drifts if d.statistic in self._config.roll_back_on and d.direction == _worse(d.statistic)]
-        if worse and self.previous and not self._registry.pinned():
-            self.rollback(why=f"{worse[0].statistic} {worse[0].direction}", who="rule")
+        # All of its alarms, not only the new ones: it may have been pinned when they came.
+        if (why := self._live_watch.why_roll_back()) and self.previous and not self._pinned_by:
+            self.rollback(why=why, who="rule")
+
+    def _note(self) -> None:
+        """What the status says; made here, because the thread that answers must not compute."""
+        trial = self._trial
+        self._standing = {
+            "candidate": trial.policy.version if trial else "",
+            "evidence": msgspec.to_builtins(trial.test.evidence()) if trial else {},
+            "drifts": msgspec.to_builtins(self._live_watch.drifts),
+            "drift": self._live_watch.evidence(),
+            "pinned": self._pinned_by,
+        }
 
     def _newest_seq(self) -> int:
         newest = self._index.list(limit=1)
         return newest[0].seq if newest else 0
 
 
-def intervention_share(episode: Episode) -> float:
-    """Share of the steps that the safety stage changed."""
-    changed = sum(int(np.count_nonzero(d.rules)) for d in episode.decisions if d.rules is not None)
-    return changed / max(1, episode.steps)
-
-
-def _worse(statistic: str) -> str:
-    return "fell" if statistic == "success" else "rose"
+def end_all_trials(registry: Registry) -> None:
+    """Where versions are not staged any more: no canary runs, and nobody is to wait for its end."""
+    for version, change in {change.version: change for change in registry.stages()}.items():
+        if change.stage in ("candidate", "canary"):
+            registry.enter(version, "rejected", why="versions are not staged any more")

@@ -73,7 +73,7 @@ class Live:
     def make_live(self, policy: Policy, why: str) -> str:
         """Serve a policy that `load` gave."""
         self._flip(policy, why)
-        self._prune()
+        self.prune()
         return policy.version
 
     def govern(self, command: Governing, version: str, who: str) -> str:
@@ -109,12 +109,12 @@ class Live:
         self._previous_version = self._registry.previous() or ""
         self._previous, self._policy = self._policy, policy
 
-    def _prune(self) -> None:
-        """Delete old bundles; the roots of a lineage, the live version and the one before it always stay.
+    def prune(self, needed: str = "") -> None:
+        """Delete old bundles; the roots of a lineage, the live version, the one before it and `needed` always stay.
 
         A bundle made elsewhere has a parent that this run does not know: here it is a root.
         """
-        keep = {self._policy.version, self.previous}
+        keep = {self._policy.version, self.previous, needed}
         known = {row.version for row in self._registry.list()}
         rows = [row for row in self._registry.list() if row.parent in known and row.version not in keep]
         for row in sorted(rows, key=lambda row: row.number)[: -self._keep]:

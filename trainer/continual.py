@@ -196,22 +196,27 @@ class ContinualTrainer:
         rows: list[EpisodeRow] = []
         newest, ready = self._state.cursor, 0
         began_s = news_s = time.monotonic()
+        was_on_trial = False
         while not self.finished():
             judged = self._judged(newest)
             known = {row.episode for row in judged}
             rows = [row for row in rows if row.episode not in known] + judged
             new = self._index.after(newest, PULL_ROWS)
-            if new or self._versions.on_trial:
-                # The version may have been rejected, by rule or by hand: then everything is older than it was.
-                self._follow_live()
+            # Asked once: a trial that ends below must not let rows through before what is live has been followed.
+            on_trial = self._versions.on_trial
+            if new:
                 rows += new
                 newest = new[-1].seq
                 news_s = time.monotonic()
-            if new or judged:
+            if new or was_on_trial:
+                # Another version may be live, by rule or by hand: then everything is older than it was.
+                self._follow_live()
+            if new or judged or was_on_trial:
                 ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
+            was_on_trial = on_trial
             if len(new) == PULL_ROWS:
                 continue
-            if ready >= wanted and not self._versions.on_trial:
+            if ready >= wanted and not on_trial:
                 self._collect_wait_s = time.monotonic() - began_s
                 return rows
             if time.monotonic() - news_s > STILL_WAITING_S:

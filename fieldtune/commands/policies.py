@@ -105,7 +105,8 @@ def diff(
     registry = Registry(run.registry)
     names = [registry.get(wanted).version for wanted in (version, other or registry.live() or "")]
     first, second = (Policy.load(run.policies / name) for name in names)
-    report = judge(first, second, gate_episodes(run), deployment.runtime.deploy.gate)
+    rule = deployment.runtime.deploy.gate
+    report = judge(first, second, gate_episodes(run, rule.decisions), rule)
     if as_json:
         print_json({"version": names[0], "other": names[1], "gate": report})
         return 0
@@ -171,7 +172,8 @@ def _govern(config: str, overrides: tuple[str, ...], command: Governing, version
 def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Check a bundle, put it into the run and make it live: the first version of a run, or the next one.
 
-    A running runtime swaps to it at once. Without a runtime the version is made live for the next start.
+    A running runtime swaps to it at once, or, where versions are staged, puts it through the gate and into a canary.
+    Without a runtime the version is made live for the next start.
 
     Examples:
       fieldtune policies add my_arm.yaml policies/3fa9...

@@ -9,9 +9,10 @@ from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Set, run_dir, warn
 from fieldtune.deployment import load_deployment
 from runtime.episodes import EpisodeLog
+from runtime.registry import Registry
 from runtime.schedule import WINDOW_EPISODES, Training
 from runtime.server import PolicyServer
-from runtime.staging import Staging
+from runtime.staging import Staging, end_all_trials
 from runtime.supervisor import stop_on_signals
 from runtime.swap import Live
 
@@ -52,6 +53,8 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
         )
         if settings.deploy.mode == "staged":
             staging = Staging(run, live, settings.deploy, horizon_steps=horizon_steps, warn=warn)
+        else:
+            end_all_trials(Registry(run.registry))
         server = PolicyServer(
             resolve_endpoint(settings.serve.endpoint, deployment.run_dir),
             staging or live,
