@@ -1,5 +1,6 @@
 """The registry: versions, lineage, and what a rollback means."""
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,89 @@ def test_a_damaged_registry_is_an_error_for_people(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 5000)
     with pytest.raises(RegistryError, match=r"registry\.sqlite"):
         Registry(path).list()
+
+
+def test_stages_with_their_evidence(tmp_path: Path) -> None:
+    registry = filled(tmp_path, "A", "B")
+    assert registry.stage("A") is None and registry.stages() == []
+    registry.enter("A", "live", why="it was there")
+    registry.enter("B", "candidate", why="announced")
+    registry.enter("B", "canary", why="passed the gate", evidence={"gate": {"kl": 0.25, "refused": []}})
+    registry.enter("B", "rejected", why="by Ada", who="Ada")
+    assert (registry.stage("A"), registry.stage("B")) == ("live", "rejected")
+    assert [(s.version, s.stage, s.why, s.who) for s in registry.stages()] == [
+        ("A", "live", "it was there", "rule"),
+        ("B", "candidate", "announced", "rule"),
+        ("B", "canary", "passed the gate", "rule"),
+        ("B", "rejected", "by Ada", "Ada"),
+    ]
+    assert [s.evidence for s in registry.stages("B")] == [{}, {"gate": {"kl": 0.25, "refused": []}}, {}]
+    assert registry.live() is None, "what serves is changed by `set_live` alone"
+
+
+def test_pins(tmp_path: Path) -> None:
+    registry = filled(tmp_path)
+    assert registry.pinned() == ""
+    registry.pin("Ada", pinned=True)
+    assert registry.pinned() == "Ada"
+    registry.pin("Grace", pinned=True)
+    assert Registry(registry.path).pinned() == "Grace"
+    registry.pin("Ada", pinned=False)
+    assert registry.pinned() == ""
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.sampled_from("ABCD"), max_size=10))
+def test_where_nothing_is_staged_those_that_acted_are_those_that_were_live(
+    tmp_path_factory: pytest.TempPathFactory, went_live: list[str]
+) -> None:
+    registry = filled(tmp_path_factory.mktemp("registry"), *"ABCD")
+    for version in went_live:
+        registry.set_live(version, why="test")
+    assert registry.acted() == [change.version for change in registry.history()]
+    registry.close()
+
+
+def test_after_a_rejected_canary_it_is_the_live_versions_turn_again(tmp_path: Path) -> None:
+    registry = filled(tmp_path, *"ABCDE")
+    assert registry.acted() == []
+
+    def promote(version: str) -> None:
+        before = registry.live()
+        registry.set_live(version, why="promoted")
+        if before is not None:
+            registry.enter(before, "retired", why="replaced")
+        registry.enter(version, "live", why="promoted")
+
+    promote("A")
+    for version in "BC":
+        registry.enter(version, "candidate", why="announced")
+        registry.enter(version, "canary", why="passed the gate")
+        registry.enter(version, "rejected", why="worse")
+    assert registry.acted() == ["A", "B", "A", "C", "A"]
+    registry.enter("D", "candidate", why="announced")
+    registry.enter("D", "rejected", why="gate: kl")
+    assert registry.acted() == ["A", "B", "A", "C", "A"], "what the gate stops has never acted"
+    registry.enter("E", "canary", why="passed the gate")
+    promote("E")
+    assert registry.acted()[-2:] == ["A", "E"], "it goes on acting; its turn has not come twice"
+    registry.set_live("A", why="success fell")
+    registry.enter("E", "rejected", why="success fell")
+    registry.enter("A", "live", why="success fell")
+    assert registry.acted()[-2:] == ["E", "A"]
+
+
+def test_a_registry_of_before_there_were_stages_gets_their_tables(tmp_path: Path) -> None:
+    registry = filled(tmp_path, "A")
+    registry.set_live("A", why="sft")
+    registry.close()
+    old = sqlite3.connect(registry.path)
+    old.executescript("DROP TABLE stages; DROP TABLE pins; PRAGMA user_version=1")
+    old.close()
+    again = Registry(registry.path)
+    assert again.live() == "A" and again.acted() == ["A"]
+    assert again.stages() == [] and again.pinned() == ""
+    again.enter("A", "live", why="test")
+    again.pin("Ada", pinned=True)
+    assert again.stage("A") == "live" and again.pinned() == "Ada"
+    assert [row.version for row in again.list()] == ["A"]
