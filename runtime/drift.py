@@ -140,7 +140,10 @@ class DriftMonitor:
 
     def evidence(self) -> dict[str, float]:
         """For each statistic the larger of its R over what would raise the alarm; 1 and more is an alarm."""
-        return {name: max(watch.sums.mean() / watch.needed for watch in found) for name, found in self._watched.items()}
+        return {
+            name: max(float(watch.sums.mean()) / watch.needed for watch in found)
+            for name, found in self._watched.items()
+        }
 
 
 def rank_bet(values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -562,6 +563,7 @@ def test_after_a_restart_the_record_is_that_of_the_log(scene: Scene) -> None:
         scene.write(version)
     before = scene.look()["drift"]
     assert before["success"] > 0
+    assert msgspec.to_builtins(before) == before, "it goes over the wire"
     scene.start()
     assert scene.look()["drift"] == before
 
