@@ -161,3 +161,25 @@ def test_another_backend_for_the_same_run_is_refused(up: Deployment) -> None:
     up.start("trainer.stop.iterations=1", "backend.options.size_px=16")
     assert up.wait() == 2
     assert "$.backend" in up.log() and "--fresh" in up.log()
+
+
+def test_staged_versions_go_live_by_their_canaries(up: Deployment) -> None:
+    canary = [f"runtime.deploy.canary.{rule}" for rule in ("promote=not_worse", "margin=0.3", "max_episodes=300")]
+    small = ["trainer.episodes_per_iteration=20", "trainer.evaluate.episodes_per_task=2"]
+    up.start("runtime.deploy.mode=staged", *canary, *small, "trainer.stop.iterations=6", "trainer.stop.minutes=2")
+    assert up.wait() == 0, up.log()
+    registry = Registry(up.run.registry)
+    changes = registry.stages()
+    promoted = [change for change in changes if change.stage == "live" and change.why.startswith("canary of")]
+    assert promoted, up.log()
+    for change in promoted:
+        assert change.evidence["not_worse"] >= change.evidence["needed_to_promote"]
+        assert change.evidence["candidate_success"] > change.evidence["live_success"] - 0.3
+    # What went live went live so, and nothing else drove alone.
+    by_rule = {change.version for change in promoted}
+    assert {row.version for row in registry.served()} - {registry.first().version} == by_rule
+    # Each version was made from the one that was live, or from the one before, where that was still on trial.
+    made = [row for row in registry.list() if row.made["command"] == "train"]
+    assert {row.parent for row in made} <= {row.version for row in registry.served()}
+    acted = {version for row in EpisodeIndex(up.run.episodes).after(0, 10**6) for version in row.versions}
+    assert acted <= set(registry.acted())
