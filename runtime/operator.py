@@ -86,6 +86,10 @@ class Operator:
         for bridge in [bridge for bridge, robot in self._robots.items() if robot.seen_s < limit_s]:
             del self._robots[bridge]
 
+    def waits(self, session: Session) -> bool:
+        """Whether its robot is paused, which may be for long."""
+        return any(robot.session == session.session and robot.state == "paused" for robot in self._robots.values())
+
     def robots(self) -> dict[str, str]:
         """Client -> what it does, and why."""
         return {

@@ -54,6 +54,10 @@ class Arms(Protocol):
         """The policy that now decides in an episode of that arm."""
         ...
 
+    def failed(self, version: str, why: str) -> None:
+        """A decision of that version could not be made. Must return at once."""
+        ...
+
 
 class Rollouts:
     """Takes each session through its episodes. Requests that do not fit raise `RefusalError` or `WireError`."""
@@ -236,6 +240,7 @@ class Rollouts:
             if item.error:
                 opened.observed.pop(opened.decision)
                 opened.decision -= 1
+                self._live.failed(item.version, item.error)
                 self._router.refuse(pending.identity, pending.request, "internal", "inference", item.error)
                 continue
             reply = Chunk(

@@ -308,7 +308,8 @@ class PolicyServer:
         )
 
     def oldest_open_unix_s(self) -> float:
-        """When the oldest episode in progress began; infinite if there is none."""
+        """When the oldest episode in progress began, of a robot that is not paused; infinite if there is none."""
         with self._lock:
-            opened = [session.open for session in self._sessions.by_id.values() if session.open is not None]
-            return min((episode.started_unix_s for episode in opened if episode.started), default=math.inf)
+            driving = [session for session in self._sessions.by_id.values() if not self._operator.waits(session)]
+            opened = [session.open for session in driving if session.open is not None and session.open.started]
+            return min((episode.started_unix_s for episode in opened), default=math.inf)

@@ -75,6 +75,7 @@ class Staging:
         self._pinned_by = self._registry.pinned()
         self._standing: dict[str, Any] = {}
         self._waiting: list[EpisodeRow] = []
+        self._failure: tuple[str, str] | None = None
         version = live().version
         if self._registry.stage(version) != "live":
             self._enter_live(version, "it was live when the runtime started", "rule")
@@ -115,6 +116,12 @@ class Staging:
         """The candidate in its own episodes while its canary runs, else the live policy."""
         trial = self._trial
         return trial.policy if trial and trial.policy.version == arm else self._live()
+
+    def failed(self, version: str, why: str) -> None:
+        """A candidate that gives no action is rejected at the next look: an episode that has not begun is in no log."""
+        trial = self._trial
+        if trial and trial.policy.version == version:
+            self._failure = version, why
 
     def announce(self, path: Path) -> str:
         """A new candidate: through the gate, and into a canary. Gives the live version, which stays."""
@@ -269,6 +276,11 @@ class Staging:
 
         Short episodes end before long ones that began earlier; taken as they come, successes would be seen first.
         """
+        failure, self._failure = self._failure, None
+        with self._changing:
+            if failure and self._trial and self._trial.policy.version == failure[0]:
+                self._end_trial(f"it could not decide: {failure[1]}", "rule")
+                self._note()
         open_since = self._open_since()
         while new := self._index.after(self._cursor, PULL_ROWS):
             self._cursor = new[-1].seq

@@ -49,6 +49,9 @@ class Live:
         """The policy that serves now."""
         return self._policy
 
+    def failed(self, version: str, why: str) -> None:
+        """Whoever asked is told; that is all."""
+
     @property
     def previous(self) -> str:
         """The version that a rollback would bring back; empty if there is none."""

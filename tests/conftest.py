@@ -135,6 +135,9 @@ class FakeLive:
         """The policy that serves now."""
         return self.policy
 
+    def failed(self, version: str, why: str) -> None:
+        """Nothing comes of it."""
+
     def standing(self) -> dict[str, Any]:
         """Nothing is staged."""
         return {}

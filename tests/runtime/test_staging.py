@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from msgspec.structs import replace
 from server_samples import refused, until
 
 from bridge.backend import Backend
-from bridge.messages import RULES, Announce, Assignment, Govern, Serving
+from bridge.client import RefusedError
+from bridge.messages import RULES, Announce, Assignment, Govern, Orders, Serving, Watch
 from runtime.bundle import BundleError
 from runtime.canary_test import CanaryRule
 from runtime.config import DeployConfig, GateRule
@@ -203,6 +205,39 @@ def test_over_the_wire_an_episode_keeps_its_arm_and_a_rejection_counts_from_its_
     assert serving.status()["staging"]["candidate"] == ""
     assert scene.why(candidate) == ("by Ada", "Ada")
     scene.staging.close()
+
+
+def test_a_candidate_that_gives_no_action_is_rejected_at_once(
+    serve: Any, point: Backend, scene: Scene, fake_policy: Any
+) -> None:
+    """Its episodes end before their first decision, so that no log would ever tell of them."""
+    serving = serve(live=scene.staging, log=scene.log, horizon_steps=HORIZON_STEPS)
+    scene.staging.start(serving.server.oldest_open_unix_s)
+    candidate = scene.announce(0.11)
+    trial = scene.staging._trial
+    assert trial is not None
+    trial.policy = fake_policy(version=candidate, value=float("nan"))
+    robot = serving.robot(point.spec)
+    while scene.stages(candidate)[-1] == "canary":
+        assert isinstance(robot.next(), Assignment)
+        with suppress(RefusedError):
+            robot.infer(robot.observation(point.spec))
+    assert scene.why(candidate) == ("it could not decide: the policy gave an action that is not finite", "rule")
+    scene.staging.close()
+
+
+def test_a_paused_robot_does_not_hold_up_what_is_known_of_the_others(serve: Any, point: Backend, scene: Scene) -> None:
+    serving = serve(live=scene.staging, log=scene.log, horizon_steps=HORIZON_STEPS)
+    began = time.time()
+    robot = serving.robot(point.spec, "arm")
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    assert began < serving.server.oldest_open_unix_s() < time.time()
+    watch = serving.client("watch")
+    for state, held in (("paused", False), ("driving", True)):
+        beat = Watch(bridge="b", client="arm", session=robot.welcome.session, state=state)
+        watch.request(beat, Orders)
+        assert (serving.server.oldest_open_unix_s() < np.inf) is held
 
 
 # --- how a canary ends ------------------------------------------------------------------------------------------------
