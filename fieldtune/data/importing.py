@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,9 +56,13 @@ def import_demos(
     `first_seed` on. An observation that an export of ours says was held (`observed` is False) makes no decision of its
     own: the decision before it goes on.
 
-    Raises `ConfigError` for what does not fit the backend, `DatasetError` for what cannot be read.
+    Raises `ConfigError` for what does not fit the backend, before anything is written, and `DatasetError` for what
+    cannot be read.
     """
     mapped = map_dataset(dataset.info, dataset.texts, spec, config)
+    for episode in _episodes(dataset, mapped, images=[]):
+        if not _failed(episode):
+            _check_numbers(episode, mapped, spec)
     if mapped.privileged is None:
         spec = replace(spec, privileged=None)
     log = EpisodeLog(directory)
@@ -65,18 +70,18 @@ def import_demos(
         index = EpisodeIndex(directory)
         demos = [row for row in index.list(limit=10**9, status="success") if row.source == "expert"]
         known = index.known()
-        seeds = {task: first_seed for task in spec.instructions}
+        seeds = dict.fromkeys(spec.instructions, first_seed)
         for row in demos:
             seeds[row.task] = max(seeds.get(row.task, first_seed), row.seed + 1)
         counts = dict.fromkeys(mapped.tasks.values(), 0)
         for row in demos:
             counts[row.task] = counts.get(row.task, 0) + 1
         written = there = failures = 0
-        for done, episode in enumerate(_episodes(dataset, mapped), 1):
+        for done, episode in enumerate(_episodes(dataset, mapped, list(mapped.cameras.values())), 1):
             if stopped():
                 break
             name = _identity(episode, mapped)
-            if episode.meta.get("success") is False:
+            if _failed(episode):
                 failures += 1
             elif name in known:
                 there += 1
@@ -92,12 +97,23 @@ def import_demos(
         log.close()
 
 
-def _episodes(dataset: LeRobotReader, mapped: DatasetMap) -> Iterator[DatasetEpisode]:
+def _failed(episode: DatasetEpisode) -> bool:
+    return episode.meta.get("success") is False
+
+
+def _check_numbers(episode: DatasetEpisode, mapped: DatasetMap, spec: BackendSpec) -> None:
+    where = f"episode {episode.number}"
+    check_limits(mapped.action.read(episode.columns), spec, where)
+    if not np.isfinite(mapped.state.read(episode.columns)).all():
+        raise DatasetError(f"{where}: the state holds a value that is not finite")
+
+
+def _episodes(dataset: LeRobotReader, mapped: DatasetMap, images: list[str]) -> Iterator[DatasetEpisode]:
     vectors = [mapped.state, mapped.action, *([mapped.privileged] if mapped.privileged else [])]
     numbers = [column for vector in vectors for column in vector.columns]
-    if OBSERVED in dataset.info["features"]:
+    if OBSERVED in dataset.info.features:
         numbers.append(OBSERVED)
-    return dataset.episodes(numbers, list(mapped.cameras.values()))
+    return dataset.episodes(numbers, images)
 
 
 def _identity(episode: DatasetEpisode, mapped: DatasetMap) -> str:
@@ -117,9 +133,6 @@ def _demonstration(
     """A dataset's episode as the log has it."""
     where = f"episode {episode.number}"
     state, action = mapped.state.read(episode.columns), mapped.action.read(episode.columns)
-    check_limits(action, spec, where)
-    if not np.isfinite(state).all():
-        raise DatasetError(f"{where}: the state holds a value that is not finite")
     privileged = mapped.privileged.read(episode.columns) if mapped.privileged else None
     observed = episode.columns.get(OBSERVED)
     held = np.zeros(len(episode), bool) if observed is None else ~observed.astype(bool).reshape(-1)
@@ -128,7 +141,7 @@ def _demonstration(
         camera.name: _sized(episode.images(mapped.cameras[camera.name]), camera, where) for camera in spec.cameras
     }
     records: list[DecisionRecord | ExecutedRecord] = []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         seen = {camera: next(own) for camera, own in images.items()}
         for own in images.values():
             for _ in range(end - start - 1):
@@ -167,4 +180,3 @@ def _sized(images: Iterator[UInt8], camera: CameraSpec, where: str) -> Iterator[
         elif found != size:
             raise DatasetError(f"{where}: images of camera {camera.name} have several sizes")
         yield resizer(image)
-

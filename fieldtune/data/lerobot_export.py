@@ -23,6 +23,7 @@ from bridge.backend import Observation
 from fieldtune.data import lerobot_layout as layout
 from fieldtune.data.frames import Frames, Rows, rows_of
 from fieldtune.data.lerobot_layout import DatasetError
+from fieldtune.data.lerobot_tables import data_schema, tasks_table
 from fieldtune.data.png import encode_png
 from fieldtune.data.statistics import Stats, column_stats, image_stats, join
 from runtime.durable import write_atomic, write_json
@@ -74,7 +75,10 @@ class LeRobotExport:
             for camera in episode.start.spec.cameras
         }
         stats = {
-            **{name: image_stats(_each_once(values)) | {"count": np.array([len(rows)])} for name, values in images.items()},
+            **{
+                name: image_stats(_each_once(values)) | {"count": np.array([len(rows)])}
+                for name, values in images.items()
+            },
             **{name: column_stats(values) for name, values in columns.items() if isinstance(values, np.ndarray)},
         }
         self._write_data(at, columns, images)
@@ -105,7 +109,7 @@ class LeRobotExport:
         """Make what was added part of the dataset."""
         if self._info is None:
             return
-        _write_table(self.directory / layout.TASKS, layout.tasks_table(list(self._tasks)))
+        _write_table(self.directory / layout.TASKS, tasks_table(list(self._tasks)))
         stats = {name: {kind: v.tolist() for kind, v in own.items()} for name, own in self._stats.items()}
         write_json(self.directory / layout.STATS, stats)
         totals = {
@@ -129,8 +133,9 @@ class LeRobotExport:
             self._info = wanted
         elif self._info != wanted:
             raise DatasetError(
-                f"{self.directory} was begun with {_difference(self._info, wanted)} of episode {episode.start.episode}; "
-                "one dataset has one backend, one size of chunk and one kind of rows: choose another --out"
+                f"{self.directory} was begun with {_difference(self._info, wanted)} of "
+                f"episode {episode.start.episode}; one dataset has one backend, one size of chunk and one kind of "
+                "rows: choose another --out"
             )
 
     def _columns(self, rows: Rows, number: int, task: int) -> dict[str, NDArray[Any] | Sequence[str]]:
@@ -164,7 +169,7 @@ class LeRobotExport:
         for name, own in images.items():
             encoded = {id(image): encode_png(image) for image in _each_once(own)}
             values[name] = [{"bytes": encoded[id(image)], "path": None} for image in own]
-        schema = layout.data_schema(self._info["features"])
+        schema = data_schema(self._info["features"])
         table = pa.table({name: values[name] for name in schema.names}, schema=schema)
         _write_table(self.directory / layout.DATA.format(**at), table)
 

@@ -1,19 +1,18 @@
 """The layout of a LeRobotDataset v3 on disk, as `lerobot` 0.4.4 to 0.6.1 read it (`src/lerobot/datasets/utils.py`).
 
-    meta/info.json                               features, rate, totals
-    meta/tasks.parquet                           text of a task -> its index
-    meta/stats.json                              statistics of all frames
-    meta/episodes/chunk-000/file-000.parquet     one row an episode: where it lies, its length, its statistics
-    data/chunk-000/file-000.parquet              one row a frame, images in it as PNG
-    videos/KEY/chunk-000/file-000.mp4            instead of images, in datasets that have videos
+meta/info.json                               features, rate, totals
+meta/tasks.parquet                           text of a task -> its index
+meta/stats.json                              statistics of all frames
+meta/episodes/chunk-000/file-000.parquet     one row an episode: where it lies, its length, its statistics
+data/chunk-000/file-000.parquet              one row a frame, images in it as PNG
+videos/KEY/chunk-000/file-000.mp4            instead of images, in datasets that have videos
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import pyarrow as pa
+from msgspec import Struct
 
 from bridge.backend import BackendSpec
 from bridge.errors import FieldtuneError
@@ -46,6 +45,44 @@ Features = dict[str, dict[str, Any]]
 
 class DatasetError(FieldtuneError):
     """A dataset that cannot be written or read; the message says why."""
+
+
+class Feature(Struct):
+    """A column of a dataset, as its `info.json` says."""
+
+    dtype: str
+    shape: list[int]
+    names: Any = None
+    units: list[str] | None = None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it holds images, in the data files or as a video."""
+        return self.dtype in ("image", "video")
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds numbers."""
+        return not self.is_image and self.dtype not in ("string", "language")
+
+    @property
+    def elements(self) -> list[str]:
+        """The names of its elements; some datasets keep them as `{"motors": [...]}`. Empty without names."""
+        names = self.names
+        if isinstance(names, dict):
+            names = next((value for value in names.values() if isinstance(value, list)), None)
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+
+class Info(Struct):
+    """What an import needs of a dataset's `info.json`."""
+
+    codebase_version: str
+    fps: float
+    features: dict[str, Feature]
+    data_path: str
+    total_episodes: int
+    video_path: str | None = None
 
 
 def place(number: int) -> dict[str, int]:
@@ -115,48 +152,3 @@ def info(spec: BackendSpec, frames: Frames, horizon: int) -> dict[str, Any]:
         "video_path": None,
         "features": features(spec, frames, horizon),
     }
-
-
-def data_schema(columns: Features) -> pa.Schema:
-    """The Arrow types that `datasets` expects for these features."""
-    return pa.schema([(name, _arrow(feature)) for name, feature in columns.items()])
-
-
-def tasks_table(texts: list[str]) -> pa.Table:
-    """`meta/tasks.parquet`. lerobot reads it with pandas and wants the texts as its index, which pandas' notes say."""
-    index = "__index_level_0__"
-    notes = {
-        "index_columns": [index],
-        "column_indexes": [
-            {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-        ],
-        "columns": [
-            {
-                "name": "task_index",
-                "field_name": "task_index",
-                "pandas_type": "int64",
-                "numpy_type": "int64",
-                "metadata": None,
-            },
-            {"name": None, "field_name": index, "pandas_type": "unicode", "numpy_type": "object", "metadata": None},
-        ],
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.2.0",
-    }
-    schema = pa.schema([("task_index", pa.int64()), (index, pa.string())], metadata={"pandas": json.dumps(notes)})
-    return pa.table({"task_index": list(range(len(texts))), index: texts}, schema=schema)
-
-
-def _arrow(feature: dict[str, Any]) -> pa.DataType:
-    if feature["dtype"] == "image":
-        return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    kind = {
-        "float32": pa.float32(),
-        "int64": pa.int64(),
-        "bool": pa.bool_(),
-        "string": pa.string(),
-    }[feature["dtype"]]
-    shape = feature["shape"]
-    if shape == [1]:
-        return kind
-    return pa.list_(kind, shape[0]) if len(shape) == 1 else pa.list_(pa.list_(kind))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from bridge.backend import UInt8
-from fieldtune.data.lerobot_layout import INFO, TASKS, DatasetError
+from fieldtune.data.lerobot_layout import INFO, TASKS, DatasetError, Info
 from fieldtune.data.png import ImageError, decode_image
 
 ROWS = 64  # of a data file read at once
@@ -67,20 +67,17 @@ class LeRobotReader:
         self.directory = directory
         path = directory / INFO
         try:
-            self.info: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+            self.info = msgspec.json.decode(path.read_bytes(), type=Info)
         except OSError as error:
             raise DatasetError(f"{directory} has no LeRobotDataset: {path}: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise DatasetError(f"{path} is not JSON: {error}") from error
-        version = str(self.info.get("codebase_version"))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{path} is not that of a LeRobotDataset: {error}") from error
+        version = self.info.codebase_version
         if not version.startswith("v3."):
             raise DatasetError(
-                f"{path}: codebase_version is {version}, expected v3.0; `lerobot.scripts.convert_dataset_v21_to_v30` of "
-                "lerobot converts older ones"
+                f"{path}: codebase_version is {version}, expected v3.0; older ones are converted by lerobot's "
+                "`lerobot.scripts.convert_dataset_v21_to_v30`"
             )
-        for key in ("fps", "features", "data_path", "total_episodes"):
-            if key not in self.info:
-                raise DatasetError(f"{path}: {key} is missing")
         self.texts = self._read_texts()
         self._meta = self._read_meta()
 
@@ -94,13 +91,13 @@ class LeRobotReader:
 
     def episodes(self, numbers: Sequence[str], images: Sequence[str]) -> Iterator[DatasetEpisode]:
         """All episodes in order, with these columns of numbers and of images or videos."""
-        stored = [name for name in images if self.info["features"][name]["dtype"] == "image"]
+        stored = [name for name in images if self.info.features[name].dtype == "image"]
         wanted = list(dict.fromkeys([*numbers, "task_index", "episode_index", *stored]))
         places = {(row["data/chunk_index"], row["data/file_index"]) for row in self._meta.values()}
         rows = (
             batch
             for chunk, file in sorted(places)
-            for batch in _batches(self._path(self.info["data_path"], chunk_index=chunk, file_index=file), wanted)
+            for batch in _batches(self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted)
         )
         pieces = (piece for batch in rows for piece in _by_episode(batch))
         for number, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
@@ -109,10 +106,13 @@ class LeRobotReader:
 
     def video(self, column: str, meta: Mapping[str, Any], frames: int) -> Iterator[UInt8]:
         """The images of an episode in a video."""
+        for name in ("chunk_index", "file_index", "from_timestamp"):
+            if f"videos/{column}/{name}" not in meta:
+                raise DatasetError(f"{self.directory}: the rows of episodes have no videos/{column}/{name}")
         at = {name: meta[f"videos/{column}/{name}"] for name in ("chunk_index", "file_index")}
-        path = self._path(self.info["video_path"], video_key=column, **at)
+        path = self._path(self.info.video_path, video_key=column, **at)
         # Frames are stamped from the episode's own start on; half a frame earlier none of another episode is meant.
-        begin_s = meta[f"videos/{column}/from_timestamp"] - 0.5 / self.info["fps"]
+        begin_s = meta[f"videos/{column}/from_timestamp"] - 0.5 / self.info.fps
         found = 0
         try:
             with av.open(str(path)) as container:
@@ -138,7 +138,9 @@ class LeRobotReader:
                 f"{self._meta[number]['length']}"
             )
         encoded = {name: [image["bytes"] for image in table[name].to_pylist()] for name in stored}
-        columns = {name: np.array(table[name].to_pylist()) for name in table.column_names if name not in stored}
+        columns = {name: _numbers(table, name, number) for name in table.column_names if name not in stored}
+        if not 0 <= columns["task_index"].min() <= columns["task_index"].max() < len(self.texts):
+            raise DatasetError(f"{self.directory}: episode {number} has a task_index without a text")
         return DatasetEpisode(self, number, columns, encoded)
 
     def _read_texts(self) -> list[str]:
@@ -155,14 +157,19 @@ class LeRobotReader:
         for path in sorted((self.directory / "meta" / "episodes").glob("*/*.parquet")):
             table = _table(path)
             table = table.select([name for name in table.column_names if not name.startswith("stats/")])
+            if missing := {"episode_index", "length", "data/chunk_index", "data/file_index"} - set(table.column_names):
+                raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
             found.update({row["episode_index"]: row for row in table.to_pylist()})
         # What is beyond the total was being added when its writer ended.
-        return {number: found[number] for number in sorted(found) if number < self.info["total_episodes"]}
+        return {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
 
     def _path(self, template: str | None, **at: Any) -> Path:
         if template is None:
             raise DatasetError(f"{self.directory / INFO}: video_path is missing")
-        path = (self.directory / template.format(**at)).resolve()
+        try:
+            path = (self.directory / template.format(**at)).resolve()
+        except (LookupError, ValueError, AttributeError) as error:
+            raise DatasetError(f"{self.directory / INFO}: {template} is no path") from error
         if not path.is_relative_to(self.directory.resolve()):
             raise DatasetError(f"{self.directory / INFO}: {template} is outside of the dataset")
         return path
@@ -171,7 +178,11 @@ class LeRobotReader:
 def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=ROWS, columns=columns)
+            if missing := set(columns) - set(file.schema_arrow.names):
+                raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
+            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+                batch.validate(full=True)
+                yield batch
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
 
@@ -184,8 +195,20 @@ def _by_episode(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
         yield int(episode[start]), batch.slice(start, end - start)
 
 
+def _numbers(table: pa.Table, name: str, episode: int) -> NDArray[Any]:
+    try:
+        values = np.array(table[name].to_pylist())
+    except ValueError as error:
+        raise DatasetError(f"episode {episode}: rows of {name} have several sizes") from error
+    if values.dtype.kind not in "fiub":
+        raise DatasetError(f"episode {episode}: {name} has values that are missing or no numbers")
+    return values
+
+
 def _table(path: Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        table = pq.read_table(path)
+        table.validate(full=True)
+        return table
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error

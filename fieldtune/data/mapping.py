@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec, Float32, all_instructions
 from bridge.config import ConfigError
+from fieldtune.data.lerobot_layout import ACTION, IMAGE, PRIVILEGED, STATE, Feature, Info
 
 
 class ElementConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,17 +73,17 @@ class DatasetMap:
     """Text -> task."""
 
 
-def map_dataset(info: Mapping[str, Any], texts: Sequence[str], spec: BackendSpec, config: DatasetConfig) -> DatasetMap:
+def map_dataset(info: Info, texts: Sequence[str], spec: BackendSpec, config: DatasetConfig) -> DatasetMap:
     """How a dataset with this `info.json` and these texts becomes demonstrations of the backend.
 
     Raises `ConfigError` naming the first thing that does not fit: rate, camera, size, element, unit, text.
     """
-    if info["fps"] != spec.control_hz:
+    if info.fps != spec.control_hz:
         raise ConfigError(
-            f"$.dataset: the dataset has {info['fps']} frames a second and {spec.name} is controlled at "
+            f"$.dataset: the dataset has {info.fps:g} frames a second and {spec.name} is controlled at "
             f"{spec.control_hz:g} Hz; the two must be equal"
         )
-    features = info["features"]
+    features = info.features
     _known("cameras", config.cameras, [camera.name for camera in spec.cameras], "camera")
     cameras = {
         camera.name: _camera(features, camera.name, (camera.height, camera.width), spec, config)
@@ -92,14 +93,13 @@ def map_dataset(info: Mapping[str, Any], texts: Sequence[str], spec: BackendSpec
     _known("state", config.state, state.names, "element of the state")
     _known("action", config.action, action.names, "element of the action")
     privileged = None
-    if spec.privileged is not None and list(features.get("privileged", {}).get("names") or ()) == list(
-        spec.privileged.names
-    ):
-        privileged = _vector(features, "privileged", "privileged", spec.privileged.names, spec.privileged.units, {})
+    theirs = features.get(PRIVILEGED)
+    if spec.privileged is not None and theirs is not None and theirs.elements == list(spec.privileged.names):
+        privileged = _vector(features, PRIVILEGED, PRIVILEGED, spec.privileged.names, spec.privileged.units, {})
     return DatasetMap(
         cameras=cameras,
-        state=_vector(features, "state", "observation.state", state.names, state.units, config.state),
-        action=_vector(features, "action", "action", action.names, action.units, config.action),
+        state=_vector(features, "state", STATE, state.names, state.units, config.state),
+        action=_vector(features, "action", ACTION, action.names, action.units, config.action),
         privileged=privileged,
         tasks=_tasks(texts, spec, config),
     )
@@ -114,8 +114,8 @@ def check_limits(action: Float32, spec: BackendSpec, where: str) -> None:
     if len(wrong):
         frame, i = wrong[0]
         raise ConfigError(
-            f"$.dataset.action.{limits.names[i]}: {action[frame, i]:g} {limits.units[i]} at frame {frame} of {where} is "
-            f"outside of {limits.low[i]:g} to {limits.high[i]:g}; is the unit right? (scale, offset)"
+            f"$.dataset.action.{limits.names[i]}: {action[frame, i]:g} {limits.units[i]} at frame {frame} of {where} "
+            f"is outside of {limits.low[i]:g} to {limits.high[i]:g}; is the unit right? (scale, offset)"
         )
 
 
@@ -126,29 +126,29 @@ def _known(section: str, given: Mapping[str, Any], names: Sequence[str], what: s
 
 
 def _camera(
-    features: Mapping[str, Any], name: str, size: tuple[int, int], spec: BackendSpec, config: DatasetConfig
+    features: Mapping[str, Feature], name: str, size: tuple[int, int], spec: BackendSpec, config: DatasetConfig
 ) -> str:
-    column = config.cameras.get(name, f"observation.images.{name}")
+    column = config.cameras.get(name, IMAGE + name)
     feature = features.get(column)
-    if feature is None or feature["dtype"] not in ("image", "video"):
-        images = [key for key, own in features.items() if own["dtype"] in ("image", "video")]
+    if feature is None or not feature.is_image:
+        images = [key for key, own in features.items() if own.is_image]
         raise ConfigError(
             f"$.dataset.cameras.{name}: the dataset has no images in a column {column!r} (it has "
             f"{', '.join(images) or 'none'})"
         )
-    shape, names = list(feature["shape"]), list(feature["names"] or ())
-    if names and names[0].startswith("channel"):
+    shape = feature.shape
+    if feature.elements[:1] in (["channel"], ["channels"]):
         shape = [*shape[1:], shape[0]]
     if shape != [*size, 3] and not config.resize:
         raise ConfigError(
-            f"$.dataset.cameras.{name}: {column} is {shape[0]} x {shape[1]} x {shape[2]} and the camera of {spec.name} "
+            f"$.dataset.cameras.{name}: {column} is {' x '.join(map(str, shape))} and the camera of {spec.name} "
             f"{size[0]} x {size[1]} x 3; dataset.resize: true resizes it"
         )
     return column
 
 
 def _vector(
-    features: Mapping[str, Any],
+    features: Mapping[str, Feature],
     section: str,
     default: str,
     names: Sequence[str],
@@ -161,11 +161,9 @@ def _vector(
         element = entry if isinstance(entry, ElementConfig) else ElementConfig(entry)
         where = f"$.dataset.{section}.{name}"
         column, position = _find(features, element.take, where)
-        theirs = features[column].get("units")
-        if theirs is not None and theirs[position] != unit and element == ElementConfig(element.take):
-            raise ConfigError(
-                f"{where}: {element.take} is in {theirs[position]} and the backend's in {unit}; give a scale"
-            )
+        theirs = dict(enumerate(features[column].units or ())).get(position, unit)
+        if theirs != unit and element == ElementConfig(element.take):
+            raise ConfigError(f"{where}: {element.take} is in {theirs} and the backend's in {unit}; give a scale")
         columns.append(column)
         positions.append(position)
         elements.append(element)
@@ -177,32 +175,22 @@ def _vector(
     )
 
 
-def _find(features: Mapping[str, Any], take: str, where: str) -> tuple[str, int]:
+def _find(features: Mapping[str, Feature], take: str, where: str) -> tuple[str, int]:
     """Column and position of `COLUMN/NAME` or `COLUMN/INDEX`."""
     column, slash, element = take.partition("/")
     feature = features.get(column)
-    if feature is None or feature["dtype"] in ("image", "video", "string"):
-        numbers = [key for key, own in features.items() if own["dtype"] not in ("image", "video", "string")]
-        raise ConfigError(
-            f"{where}: the dataset has no numbers in a column {column!r} (it has {', '.join(numbers)})"
-        )
-    if len(feature["shape"]) != 1:
-        raise ConfigError(f"{where}: {column} has rows of shape {list(feature['shape'])}; expected one number a name")
-    names, size = _names(feature), feature["shape"][0]
+    if feature is None or not feature.is_number:
+        numbers = [key for key, own in features.items() if own.is_number]
+        raise ConfigError(f"{where}: the dataset has no numbers in a column {column!r} (it has {', '.join(numbers)})")
+    if len(feature.shape) != 1:
+        raise ConfigError(f"{where}: {column} has rows of shape {feature.shape}; expected one number a name")
+    names, size = feature.elements, feature.shape[0]
     if element in names:
         return column, names.index(element)
     if slash and element.isdigit() and int(element) < size:
         return column, int(element)
     has = ", ".join(names) if names else f"elements 0 to {size - 1} without names"
     raise ConfigError(f"{where}: {column} has no element {element!r} ({has})")
-
-
-def _names(feature: Mapping[str, Any]) -> list[str]:
-    """The names of a column's elements; some datasets keep them as `{"motors": [...]}`."""
-    names = feature.get("names")
-    if isinstance(names, dict):
-        names = next((value for value in names.values() if isinstance(value, list)), None)
-    return list(names or ())
 
 
 def _tasks(texts: Sequence[str], spec: BackendSpec, config: DatasetConfig) -> dict[str, str]:
@@ -213,11 +201,10 @@ def _tasks(texts: Sequence[str], spec: BackendSpec, config: DatasetConfig) -> di
             raise ConfigError(f"$.dataset.tasks: {spec.name} has no task {task!r}, given for {text!r} (known: {known})")
     tasks = {}
     for text in texts:
-        task = config.tasks.get(text, own.get(text))
-        if task is None:
+        tasks[text] = config.tasks.get(text, own.get(text, ""))
+        if not tasks[text]:
             raise ConfigError(
                 f"$.dataset.tasks: the dataset's text {text!r} is no instruction of {spec.name} "
                 f"({', '.join(map(repr, all_instructions(spec)))}); say which task it is"
             )
-        tasks[text] = task
     return tasks

@@ -31,7 +31,7 @@ from runtime.index import EpisodeRow
 
 NS = 1_000_000_000
 SUFFIX = ".mcap"
-# The fields of https://github.com/foxglove/foxglove-sdk/blob/main/schemas/jsonschema/CompressedImage.json that it requires.
+# The fields that schemas/jsonschema/CompressedImage.json of github.com/foxglove/foxglove-sdk requires.
 COMPRESSED_IMAGE = {
     "title": "foxglove.CompressedImage",
     "type": "object",
@@ -161,7 +161,7 @@ class _File:
 
     def finish(self, metadata: dict[str, str]) -> None:
         self._writer.add_metadata("episode", metadata)
-        self._writer.finish()
+        self._writer.finish()  # type: ignore[no-untyped-call]
 
     def _at_ns(self, step: int) -> int:
         return self._start_ns + round(step * self._step_ns)

@@ -30,9 +30,8 @@ def encode_png(image: UInt8) -> bytes:
     filtered[0, 1:] = rows[0]
     filtered[1:, 1:] = rows[1:] - rows[:-1]
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
-    return b"".join(
-        [SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", zlib.compress(filtered, LEVEL)), _chunk(b"IEND", b"")]
-    )
+    pixels = zlib.compress(filtered.tobytes(), LEVEL)
+    return b"".join([SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", pixels), _chunk(b"IEND", b"")])
 
 
 def decode_image(data: bytes) -> UInt8:
@@ -40,7 +39,7 @@ def decode_image(data: bytes) -> UInt8:
     import av
 
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             frame = next(container.decode(video=0))
             return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
     except (av.FFmpegError, StopIteration, IndexError) as error:

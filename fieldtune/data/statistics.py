@@ -1,7 +1,7 @@
 """The statistics that LeRobot keeps of each column: of an episode, and over episodes without holding them.
 
-Their names, shapes and the way they are joined are those of `lerobot/datasets/compute_stats.py` (0.4.4). Quantiles of an
-episode are exact here; over episodes they are, as there, the mean weighted by frames.
+Their names, shapes and the way they are joined are those of `lerobot/datasets/compute_stats.py` (0.4.4). Quantiles
+of an episode are exact here; over episodes they are, as there, the mean weighted by frames.
 """
 
 from __future__ import annotations

@@ -85,7 +85,10 @@ def log_episode(
         records.append(executed(number, step, first, every - first - (number == decisions)))
     steps = decisions * every - 1
     end = EndRecord(
-        status=status, steps=steps, reason="", tensors=tensor_records(observation(steps, spec)) if status != "aborted" else {}
+        status=status,
+        steps=steps,
+        reason="",
+        tensors=tensor_records(observation(steps, spec)) if status != "aborted" else {},
     )
     store(log, Demonstration(EpisodeStart(**{**fields, **start}), records, end))
 

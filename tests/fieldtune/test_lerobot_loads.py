@@ -52,12 +52,14 @@ root = sys.argv[1]
 meta = LeRobotDatasetMetadata("local/x", root=root)
 good = [row["episode_index"] for row in meta.episodes if row["success"]]
 whole = LeRobotDataset("local/x", root=root)
-some = LeRobotDataset("local/x", root=root, episodes=good, delta_timestamps={"action": [i / meta.fps for i in range(3)]})
+chunks = {"action": [i / meta.fps for i in range(3)]}
+some = LeRobotDataset("local/x", root=root, episodes=good, delta_timestamps=chunks)
 item, chunk = whole[5], some[len(some) - 1]
 image = lambda frame, key: np.rint(frame[key].numpy() * 255).astype(int).transpose(1, 2, 0).tolist()
 print(json.dumps({
     "episodes": whole.num_episodes, "frames": len(whole), "good": good, "some": len(some), "task": item["task"],
-    "image": image(item, "observation.images.eye"), "action": item["action"].tolist(), "state": item["observation.state"].tolist(),
+    "image": image(item, "observation.images.eye"), "action": item["action"].tolist(),
+    "state": item["observation.state"].tolist(),
     "version": item["policy_version"], "observed": bool(item["observed"]), "chunk": chunk["action"].tolist(),
     "pad": chunk["action_is_pad"].tolist(), "episode": int(chunk["episode_index"]),
     "mean": meta.stats["action"]["mean"].tolist(), "status": [row["status"] for row in meta.episodes],
@@ -78,7 +80,8 @@ root = sys.argv[1]
 meta = LeRobotDatasetMetadata("local/x", root=root)
 features = dataset_to_policy_features(meta.features)
 output = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
-config = ACTConfig(input_features={k: f for k, f in features.items() if k not in output}, output_features=output,
+config = ACTConfig(
+    input_features={k: f for k, f in features.items() if k not in output}, output_features=output,
     chunk_size=4, n_action_steps=4, dim_model=32, n_heads=2, dim_feedforward=32, n_encoder_layers=1, use_vae=False,
     pretrained_backbone_weights=None, device="cpu")
 data = LeRobotDataset("local/x", root=root, delta_timestamps={"action": [i / meta.fps for i in range(4)]})
@@ -103,9 +106,11 @@ data = LeRobotDataset("local/x", root=root)
 image = lambda key: np.zeros(data.features[key]["shape"], np.uint8)
 for i in range(3):
     data.add_frame({
-        "observation.images.eye": image("observation.images.eye"), "observation.images.wrist": image("observation.images.wrist"),
-        "observation.state": np.zeros(3, np.float32), "action": np.zeros(2, np.float32), "next.reward": np.zeros(1, np.float32),
-        "next.done": np.array([i == 2]), "observed": np.array([True]), "step": np.array([i]), "policy_version": "human", "task": "stay",
+        "observation.images.eye": image("observation.images.eye"),
+        "observation.images.wrist": image("observation.images.wrist"),
+        "observation.state": np.zeros(3, np.float32), "action": np.zeros(2, np.float32),
+        "next.reward": np.zeros(1, np.float32), "next.done": np.array([i == 2]),
+        "observed": np.array([True]), "step": np.array([i]), "policy_version": "human", "task": "stay",
     })
 data.save_episode()
 data.finalize()
@@ -125,13 +130,16 @@ features = {
     "observation.state": {"dtype": "float32", "shape": (3,), "names": ["x.pos", "y.pos", "z.pos"]},
     "action": {"dtype": "float32", "shape": (2,), "names": ["a.pos", "b.pos"]},
 }
-data = LeRobotDataset.create("local/y", fps=10, root=root, features=features, use_videos=videos, **({"vcodec": "h264"} if videos else {}))
+codec = {"vcodec": "h264"} if videos else {}
+data = LeRobotDataset.create("local/y", fps=10, root=root, features=features, use_videos=videos, **codec)
 for episode in range(2):
     for i in range(6):
         shade = 40 * i + 10 * episode
         data.add_frame({
-            "observation.images.front": np.full((64, 96, 3), shade, np.uint8), "observation.images.wrist": np.full((64, 64, 3), shade, np.uint8),
-            "observation.state": np.array([i, episode, 1], np.float32), "action": np.array([i / 10, 90 * episode], np.float32), "task": "Go!",
+            "observation.images.front": np.full((64, 96, 3), shade, np.uint8),
+            "observation.images.wrist": np.full((64, 64, 3), shade, np.uint8),
+            "observation.state": np.array([i, episode, 1], np.float32),
+            "action": np.array([i / 10, 90 * episode], np.float32), "task": "Go!",
         })
     data.save_episode()
 data.finalize()
