@@ -10,6 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from bridge.config import BackendConfig, BridgeConfig, ConfigError, load_yaml, parse
+from fieldtune.data.mapping import DatasetConfig
 from runtime.config import RuntimeConfig
 from trainer.config import TrainerConfig
 
@@ -25,6 +26,8 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     bridge: BridgeConfig = BridgeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     trainer: TrainerConfig = TrainerConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    """see `dataset`"""
     runs: str = "runs"
     """Directory that holds the runs."""
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "av": "data",
     "mcap": "data",
     "pyarrow": "data",
+    "rerun": "viz",
     "nicegui": "dashboard",
     "prometheus_client": "metrics",
     "tensorboard": "metrics",

@@ -33,6 +33,8 @@ class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     keep_gb: Positive = 10.0
     """Oldest episodes that the trainer has taken and no longer holds are deleted above this size."""
+    keep_failures_days: Annotated[float, Meta(ge=0)] = 0.0
+    """Failures and time-outs that ended less than so many days ago are kept even above that size."""
     queue_mb: Positive = 256.0
     """Records that wait for the disk; above this the episode with most of them is given up and counted as lost."""
 

@@ -40,6 +40,7 @@ COMMIT_AFTER_S = 0.02  # ended episodes wait no longer than this for others to s
 GATHER_S = 0.05
 GATHER_BYTES = 8_000_000
 COMMIT_EPISODES = 64
+DAY_S = 86_400.0
 
 
 class EpisodeLogError(FieldtuneError):
@@ -71,12 +72,15 @@ class EpisodeLog:
     raise because of it. Arrays are referred to until they are written: whoever appends must not change them after.
     """
 
-    def __init__(self, directory: Path, *, queue_mb: float = 256.0, keep_gb: float = 10.0) -> None:
+    def __init__(
+        self, directory: Path, *, queue_mb: float = 256.0, keep_gb: float = 10.0, keep_failures_days: float = 0.0
+    ) -> None:
         """Lock the directory, recover what a crash has left there, start the writer.
 
         `queue_mb` bounds the records that wait for the disk, `keep_gb` the size of `done/` (`EpisodeIndex.hold` says
-        what may be deleted). Raises `EpisodeLogError` if another process logs here, `DatabaseError` for a broken index,
-        `OSError` where the directory cannot be made.
+        what may be deleted), from which failures of the last `keep_failures_days` are excepted. Raises
+        `EpisodeLogError` if another process logs here, `DatabaseError` for a broken index, `OSError` where the
+        directory cannot be made.
         """
         self.directory = directory
         for name in ("open", "done"):
@@ -90,6 +94,7 @@ class EpisodeLog:
             self._lock_file.close()
             raise
         self._keep_limit_bytes = int(keep_gb * 1e9)
+        self._keep_failures_s = keep_failures_days * DAY_S
         self._changed = threading.Condition()
         self._episodes: dict[str, LoggedEpisode] = {}
         self._queue = RecordQueue(int(queue_mb * 1e6), self._given_up)
@@ -303,7 +308,8 @@ class EpisodeLog:
             return
         try:
             # The index first: a row must not promise a file that is gone. Left-over files go at the next start.
-            for row in self.index.retire(self._kept_bytes - self._keep_limit_bytes):
+            failures_before = time.time() - self._keep_failures_s
+            for row in self.index.retire(self._kept_bytes - self._keep_limit_bytes, failures_before):
                 self._kept_bytes -= row.bytes
                 self._counts["deleted"] += 1
                 self.index.path(row).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -214,16 +215,19 @@ class EpisodeIndex:
         found = self._database.rows("SELECT COALESCE(SUM(bytes), 0) FROM episodes WHERE deleted = 0")
         return int(found[0][0]) if found else 0
 
-    def retire(self, need_bytes: int) -> builtins.list[EpisodeRow]:
+    def retire(self, need_bytes: int, failures_before_unix_s: float = math.inf) -> builtins.list[EpisodeRow]:
         """Mark the oldest episodes that may go as deleted until they free `need_bytes`; the caller removes the files.
 
-        Gives fewer, or none, if too few are taken and not held.
+        Failures and time-outs may go only if they ended before `failures_before_unix_s`. Gives fewer, or none, if too
+        few are taken and not held.
         """
         retired: list[EpisodeRow] = []
         with self._database.transaction() as connection:
             candidates = connection.execute(
                 f"{_SELECT} WHERE deleted = 0 AND seq <= (SELECT through_seq FROM taken) "  # noqa: S608
-                "AND episode NOT IN (SELECT episode FROM held) ORDER BY seq"
+                "AND episode NOT IN (SELECT episode FROM held) "
+                "AND (status NOT IN ('failure', 'timeout') OR ended_unix_s < ?) ORDER BY seq",
+                (failures_before_unix_s,),
             )
             for values in candidates:
                 if need_bytes <= 0:

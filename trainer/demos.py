@@ -79,7 +79,7 @@ def collect_demos(
     if not isinstance(backend, HasExpert):
         raise DemosError(
             f"backend {spec.name} has no scripted expert (no `expert_action`), so it cannot demonstrate; "
-            "start from a bundle that was made elsewhere, or log demonstrations of yours"
+            "start from a bundle that was made elsewhere, or import demonstrations of yours (fieldtune demos import)"
         )
     tasks = tasks or tuple(spec.instructions)
     for task in tasks:
@@ -108,7 +108,7 @@ def collect_demos(
         with closing(answers):
             for attempt in answers:
                 for demonstration in seeds[attempt.task].answered(attempt):
-                    _store(log, demonstration)
+                    store(log, demonstration)
                     kept += 1
                 progress(kept, wanted)
         return _summary(index, tasks, config)
@@ -187,8 +187,8 @@ class _Seeds:
         return keep
 
 
-def _store(log: EpisodeLog, demonstration: Demonstration) -> None:
-    """Log a whole episode and wait until it is on disk."""
+def store(log: EpisodeLog, demonstration: Demonstration) -> None:
+    """Log a whole episode and wait until it is on disk. Raises `DemosError` if it cannot be stored."""
     answered = threading.Event()
     answer: list[str | None] = []
 

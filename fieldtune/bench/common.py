@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 from bridge.backend import all_instructions, instruction_of
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
-from bridge.messages import Played
+from bridge.messages import Governing, Played
 from fieldtune.deployment import Deployment
+from runtime.bundle import BundleError
 from runtime.config import ServeConfig
 from runtime.episodes import EpisodeLog
+from runtime.inference import Infers
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.schedule import Training
@@ -250,6 +253,42 @@ def serve(
         server.run(stop.is_set)
     finally:
         log.close()
+
+
+@dataclass
+class FixedLive:
+    """One policy, live for good."""
+
+    policy: Infers
+    previous: str = ""
+
+    def __call__(self) -> Infers:
+        """The policy."""
+        return self.policy
+
+    def arm_for(self, client: str) -> str:
+        """Whatever is live."""
+        return ""
+
+    def policy_of(self, arm: str) -> Infers:
+        """The policy."""
+        return self.policy
+
+    def standing(self) -> dict[str, Any]:
+        """Nothing is staged."""
+        return {}
+
+    def announce(self, path: Path) -> str:
+        """Refused."""
+        raise BundleError("version", f"a benchmark serves one version; {path} is not loaded")
+
+    def rollback(self, version: str) -> str:
+        """Refused."""
+        raise BundleError("version", f"a benchmark serves one version, not {version}")
+
+    def govern(self, command: Governing, version: str, who: str) -> str:
+        """Refused."""
+        raise BundleError("version", f"a benchmark serves one version; {command} is not for it")
 
 
 def live_of(run: RunDir) -> Callable[[], LivePolicy]:

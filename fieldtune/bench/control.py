@@ -25,12 +25,11 @@ from bridge.backends import make_backend
 from bridge.client import PolicyClient
 from bridge.drive import drive
 from bridge.endpoint import resolve_endpoint
-from bridge.messages import Governing
 from bridge.pacing import Ticks
 from bridge.safety import STARVED
-from fieldtune.bench.common import BenchError, Goal, Result, together, untrained_run
+from fieldtune.bench.common import BenchError, FixedLive, Goal, Result, together, untrained_run
 from fieldtune.deployment import Deployment, find_bundle
-from runtime.bundle import BundleError, PolicySpec
+from runtime.bundle import PolicySpec
 from runtime.config import ServeConfig
 from runtime.episode import Episode
 from runtime.episodes import EpisodeLog
@@ -115,9 +114,7 @@ class Paced:
 
 
 class Slow:
-    """A policy, live for good, whose answers take `delay_s`, for robots of another rate."""
-
-    previous = ""
+    """A policy whose answers take `delay_s`, for robots of another rate."""
 
     def __init__(self, policy: Policy, hz: float, delay_s: float) -> None:
         self._policy, self._delay_s = policy, delay_s
@@ -125,40 +122,12 @@ class Slow:
         self.version = policy.version
         self.tokens: Callable[[str], NDArray[np.int64]] = policy.tokens
 
-    def __call__(self) -> Slow:
-        """Itself."""
-        return self
-
     def infer(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[Float32, Float32]:
         """As the policy, and late."""
         due_s = time.monotonic() + self._delay_s
         answer = self._policy.infer(inputs)
         time.sleep(max(0.0, due_s - time.monotonic()))
         return answer
-
-    def arm_for(self, client: str) -> str:
-        """Whatever is live."""
-        return ""
-
-    def policy_of(self, arm: str) -> Slow:
-        """Itself."""
-        return self
-
-    def standing(self) -> dict[str, Any]:
-        """Nothing is staged."""
-        return {}
-
-    def announce(self, path: Path) -> str:
-        """Refused."""
-        raise BundleError("version", f"a benchmark serves one version; {path} is not loaded")
-
-    def rollback(self, version: str) -> str:
-        """Refused."""
-        raise BundleError("version", f"a benchmark serves one version, not {version}")
-
-    def govern(self, command: Governing, version: str, who: str) -> str:
-        """Refused."""
-        raise BundleError("version", f"a benchmark serves one version; {command} is not for it")
 
 
 def lane(
@@ -172,12 +141,12 @@ def lane(
     """Runs episodes one after another; sends a list of `Played` and the `Ticks`."""
     directory.mkdir()
     backend = Paced(make_backend(deployment.backend), cell.hz)
-    policy = Slow(Policy.load(bundle, threads=1), cell.hz, cell.delay_ms / 1e3)
+    live = FixedLive(Slow(Policy.load(bundle, threads=1), cell.hz, cell.delay_ms / 1e3))
     bridge = replace(deployment.bridge, merge=cell.merge, delay_steps=0)
     log = EpisodeLog(directory / "episodes")
     server = PolicyServer(
         resolve_endpoint("ipc", directory),
-        policy,
+        live,
         log,
         FixedList(episodes),
         explore=False,

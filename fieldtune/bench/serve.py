@@ -27,7 +27,7 @@ from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Float32, VectorS
 from bridge.client import PolicyClient
 from bridge.messages import Assignment, Chunk, EndEpisode, EpisodeStored, Infer, NextEpisode, encode
 from fieldtune.bench import common
-from fieldtune.bench.common import BenchError, Goal, Result, milliseconds, process, whole_chunk
+from fieldtune.bench.common import BenchError, FixedLive, Goal, Result, milliseconds, process, whole_chunk
 from runtime.bundle import FORMAT, PolicySpec
 from runtime.spawn import SPAWN
 
@@ -68,27 +68,7 @@ class NullPolicy:
         return zeros, zeros
 
 
-@dataclass
-class NullLive:
-    """A live policy that is never changed."""
-
-    policy: NullPolicy
-    previous: str = ""
-
-    def __call__(self) -> NullPolicy:
-        """The policy."""
-        return self.policy
-
-    def announce(self, path: Path) -> str:
-        """Never called here."""
-        raise NotImplementedError
-
-    def rollback(self, version: str) -> str:
-        """Never called here."""
-        raise NotImplementedError
-
-
-def null_live() -> NullLive:
+def null_live() -> FixedLive:
     """The null policy for `SPEC`."""
     spec = PolicySpec(
         format=FORMAT,
@@ -100,7 +80,7 @@ def null_live() -> NullLive:
         horizon=HORIZON,
         tokens=16,
     )
-    return NullLive(NullPolicy(spec))
+    return FixedLive(NullPolicy(spec))
 
 
 def observation() -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from bridge.messages import RULES
 from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
 from runtime.episode import Decision, End, Label
+from runtime.episode_file import SUFFIX
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
@@ -179,3 +180,11 @@ def find_episode(index: EpisodeIndex, episode: str) -> EpisodeRow:
     if row is None:
         raise FieldtuneError(f"no episode {episode} in {index.directory}")
     return row
+
+
+def find_file(run: RunDir, episode: str, log: Log) -> Path:
+    """The file of an episode, by its whole id or the path of the file itself."""
+    if episode.endswith(SUFFIX):
+        return Path(episode)
+    index = EpisodeIndex(log_directory(run, log))
+    return index.path(find_episode(index, episode))

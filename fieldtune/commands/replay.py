@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,12 +12,11 @@ from rich.table import Column
 from bridge.backend import ActionSpec
 from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Config, Json, Set, err, list_table, out, print_json, run_dir
-from fieldtune.commands.episodes import Log, find_episode, log_directory
+from fieldtune.commands.episodes import Log, find_file
 from fieldtune.deployment import load_deployment
 from fieldtune.install import find_version
 from runtime.decide_again import Again, Difference, decide_again, difference, largest
 from runtime.episode import Episode
-from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
@@ -56,7 +54,7 @@ def replay_episode(
     """
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)
-    whole = read_episode(_file(run, episode, log))
+    whole = read_episode(find_file(run, episode, log))
     other = None if policy is None else Policy.load(run.policies / find_version(deployment, policy))
     acted = _by_those_who_acted(run, whole)
     if other is None and not any(acted):
@@ -77,13 +75,6 @@ def replay_episode(
             f"with, the first one at step {wrong[0]['step']}: the log or the bundle is not that of the run"
         )
     return 1 if wrong else 0
-
-
-def _file(run: RunDir, episode: str, log: Log) -> Path:
-    if episode.endswith(".ep"):
-        return Path(episode)
-    index = EpisodeIndex(log_directory(run, log))
-    return index.path(find_episode(index, episode))
 
 
 def _by_those_who_acted(run: RunDir, whole: Episode) -> list[Again | None]:

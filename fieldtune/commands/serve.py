@@ -37,7 +37,12 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     tasks = deployment.trainer.post_trained(make_backend(deployment.backend).spec)
     live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
     horizon_steps = deployment.bridge.horizon_steps
-    log = EpisodeLog(run.episodes, queue_mb=settings.log.queue_mb, keep_gb=settings.log.keep_gb)
+    log = EpisodeLog(
+        run.episodes,
+        queue_mb=settings.log.queue_mb,
+        keep_gb=settings.log.keep_gb,
+        keep_failures_days=settings.log.keep_failures_days,
+    )
     staging: Staging | None = None
     try:
         # Seeds go on from where the log stands, so that a restart does not repeat them.

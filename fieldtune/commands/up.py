@@ -22,6 +22,7 @@ from fieldtune.commands.status import last_metrics, runtime_status, status_table
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install_to_train
 from runtime.durable import write_atomic
+from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import Child, ChildFailedError, stop_on_signals
@@ -145,10 +146,11 @@ def prepare(this: Up) -> bool:
         require_started_from(registry, trainer.policy)
         return True
     has_expert = isinstance(make_backend(this.deployment.backend), HasExpert)
-    if not has_expert and trainer.policy is None:
+    if not has_expert and trainer.policy is None and not EpisodeIndex(this.run.demos).count(status="success"):
         raise ConfigError(
             f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
-            f"put one there first: fieldtune policies add {this.config} BUNDLE"
+            f"put one there first (fieldtune policies add {this.config} BUNDLE), or demonstrations of yours "
+            f"(fieldtune demos import DATASET {this.config})"
         )
     # Mistakes show before the demonstrations, which may take hours.
     given = install_to_train(this.deployment, trainer.policy) if trainer.policy is not None else None

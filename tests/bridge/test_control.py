@@ -171,6 +171,18 @@ def test_what_the_backend_says_at_the_last_step_counts_more_than_the_horizon(sta
     assert client.ends[0][0].status == status
 
 
+def test_a_robot_that_cannot_judge_leaves_it_open_unless_somebody_says() -> None:
+    blind = replace(SPEC, judges=False)
+    client = FakeClient()
+    report = run(FakeBackend(spec=blind), client)
+    assert report is not None and report.status == client.ends[0][0].status == "unjudged"
+    client = FakeClient()
+    guard = Guard(backend := FakeBackend(spec=blind), SafetyConfig(), warn=lambda message: None)
+    backend.observe = lambda: guard.finish("success") or Observation({}, np.zeros(1, np.float32))  # type: ignore[method-assign, func-returns-value]
+    report = EpisodeLoop(backend, client, WELCOME, TASK, guard, lambda: False, BridgeConfig()).run()
+    assert report is not None and report.status == "success"
+
+
 def spoiled(**changes: Any) -> FakeClient:
     """The second chunk is wrong."""
 

@@ -417,6 +417,26 @@ def test_the_oldest_taken_and_not_held_go_when_space_is_short(tmp_path: Path) ->
     assert [row.episode for row in log.index.after(0) if row.deleted] == ["a", "c", "d"]
 
 
+def test_failures_are_kept_for_their_days_and_no_longer(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        for name, status in (("old", "failure"), ("new", "failure"), ("late", "timeout"), ("good", "success")):
+            assert record_episode(log, name, status=status).wait() is None
+        # The first one ended three days ago.
+        with log.index._database.transaction() as connection:
+            connection.execute("UPDATE episodes SET ended_unix_s = ended_unix_s - 3 * 86400 WHERE episode = 'old'")
+    # Far over its limit, and yet: two failures are too new, and the trainer has not taken all of the rest.
+    for taken, name, left in [
+        (3, "more", {"new", "late", "good", "more"}),
+        (4, "last", {"new", "late", "more", "last"}),
+    ]:
+        with opened(tmp_path, keep_gb=1e-9, keep_failures_days=2.0) as log:
+            log.index.hold(taken, [])
+            assert record_episode(log, name).wait() is None
+            log.close()
+            assert log.stats().deleted == 1 and log.stats().error == ""
+        assert {path.removesuffix(".ep") for path in names(tmp_path / "done")} == left
+
+
 def test_without_a_reader_nothing_is_deleted(tmp_path: Path) -> None:
     with opened(tmp_path, keep_gb=1e-6) as log:
         for name in "abc":

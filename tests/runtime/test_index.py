@@ -139,3 +139,62 @@ def test_a_damaged_or_newer_file_is_refused_with_what_to_do(tmp_path: Path) -> N
     index.close()
     with pytest.raises(DatabaseError, match="newer fieldtune"):
         index.count()
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_label_counts_and_what_the_robot_said_is_kept_below_it(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a"), make_row("b", status="unjudged"), make_row("c", status="timeout", reason="why")])
+    assert index.label("a", "failure", "ada").status == "failure"
+    assert index.label("b", "success", "bob").labelled_by == "bob"
+    assert index.label("c", "discard", "ada").status == "aborted"
+    rows = {row.episode: (row.status, row.labelled_by, row.reason) for row in index.after(0)}
+    assert rows == {
+        "a": ("failure", "ada", ""),
+        "b": ("success", "bob", ""),
+        "c": ("aborted", "ada", "discarded by ada"),
+    }
+    assert index.count(status="success") == 1 and [row.episode for row in index.list(limit=9, status="failure")] == [
+        "a"
+    ]
+    assert index.recent_successes("t", 9) == [False, True]
+    index.label("a", "success", "bob")
+    index.label("c", "failure", "bob")
+    assert [(row.status, row.reason) for row in index.after(0)] == [
+        ("success", ""),
+        ("success", ""),
+        ("failure", "why"),
+    ]
+
+
+def test_labels_are_read_in_order_and_the_one_that_was_waited_for_is_known(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a"), make_row("b", status="unjudged")])
+    assert index.labels_after(0) == []
+    for episode, label in (("b", "failure"), ("a", "failure"), ("b", "success")):
+        index.label(episode, label, "ada")  # type: ignore[arg-type]
+    given = [(row.number, row.episode, row.label, row.awaited) for row in index.labels_after(0)]
+    assert given == [(1, "b", "failure", True), (2, "a", "failure", False), (3, "b", "success", False)]
+    assert [row.number for row in index.labels_after(2)] == [3]
+    assert [row.label for row in index.labels_of("b")] == ["failure", "success"]
+
+
+def test_only_an_episode_that_is_there_is_labelled(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    with pytest.raises(DatabaseError, match="no episode a"):
+        index.label("a", "success", "ada")
+    index.add([make_row("a")])
+    assert index.after(0)[0].labelled_by == "" and index.labels_after(0) == []
+
+
+def test_an_index_from_before_labels_gets_them(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a")])
+    with index._database.transaction() as connection:
+        for statement in ("DROP VIEW rated", "DROP TABLE labels", "PRAGMA user_version=1"):
+            connection.execute(statement)
+    index.close()
+    assert [row.episode for row in index.after(0)] == ["a"]
+    assert index.label("a", "failure", "ada").status == "failure"

@@ -81,18 +81,22 @@ class Robot:
         stamp: str | None = None,
         darker: bool = False,
         explore: bool = True,
+        judged: bool = True,
         first_seed: int | None = None,
     ) -> list[int]:
         """Steps of each episode. `version` acts, the live one if not given; `stamp` is a false version in the log;
-        `darker` makes a log that does not hold what the policy saw. Seeds are new ones, or count from `first_seed`."""
+        `darker` makes a log that does not hold what the policy saw; without `judged` nobody knows how they went. Seeds
+        are new ones, or count from `first_seed`."""
         acting = version or self._registry.live()
         assert acting is not None
         if self._policy is None or self._policy.version != acting:
             self._policy = Policy.load(self._run.policies / acting)
         first = 10_000 + self._count if first_seed is None else first_seed
-        return [self._episode(self._policy, stamp or acting, darker, explore, first + i) for i in range(episodes)]
+        return [
+            self._episode(self._policy, stamp or acting, darker, explore, judged, first + i) for i in range(episodes)
+        ]
 
-    def _episode(self, policy: Policy, version: str, darker: bool, explore: bool, seed: int) -> int:
+    def _episode(self, policy: Policy, version: str, darker: bool, explore: bool, judged: bool, seed: int) -> int:
         self._count += 1
         episode = f"{self._count:032x}"
         rng = np.random.default_rng(seed)
@@ -129,7 +133,9 @@ class Robot:
             self._log.append(episode, ExecutedRecord(decision=decision, tensors=tensor_records(executed)))
             decision += 1
         done = threading.Event()
-        end = EndRecord(status=status, steps=step, reason="", tensors=tensor_records(self._tensors()))
+        end = EndRecord(
+            status=status if judged else "unjudged", steps=step, reason="", tensors=tensor_records(self._tensors())
+        )
         self._log.end(episode, end, lambda _error: done.set())
         assert done.wait(10.0)
         return step

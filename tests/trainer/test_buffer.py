@@ -143,3 +143,12 @@ def test_without_admission_the_demonstrations_are_all_there_is() -> None:
     buffer = filled(BufferConfig(admit=False), [30], offers)
     assert ids(buffer) == ["seed0"]
     assert buffer.own_episodes() == []
+
+
+def test_what_was_no_success_is_taken_out() -> None:
+    buffer = DemoBuffer(BufferConfig(per_task=3), ("a",))
+    for name in ("x", "y"):
+        buffer.seed("a", name, 5, ("v",), samples(1))
+    buffer.discard("x")
+    buffer.discard("nobody")
+    assert ids(buffer) == ["y"]

@@ -149,6 +149,43 @@ def test_a_task_that_is_not_post_trained_is_rehearsed_and_nothing_else(
     assert weight[0] > 0.0 and weight[1] == 0.0
 
 
+def test_an_episode_that_nobody_has_judged_waits_for_its_label(run: RunDir, robot: Robot) -> None:
+    trainer, index = make_trainer(run), EpisodeIndex(run.episodes)
+    waiting = robot.run(4, judged=False)
+    steps = robot.run(4)
+    line = iterate(trainer, robot, 0)
+    assert line["env_steps"] == sum(steps)
+    for row in index.after(0)[:4]:
+        index.label(row.episode, "success", "ada")
+    line = iterate(trainer, robot, 0)  # without a new episode
+    assert line["env_steps"] == sum(steps) + sum(waiting) and line["success"] == 1.0
+    assert {row.episode for row in index.after(0)[:4]} & set(trainer.buffer.own_episodes())
+    # What was taken is not taken again, also after a restart.
+    again = make_trainer(run)
+    more = robot.run(4)
+    line = iterate(again, robot, 0)
+    assert line["env_steps"] == sum(steps) + sum(waiting) + sum(more)
+
+
+def test_another_label_changes_the_buffer_and_is_not_learned_from_again(run: RunDir, robot: Robot) -> None:
+    trainer, index = make_trainer(run), EpisodeIndex(run.episodes)
+    steps = robot.run(8, judged=False)
+    for row in index.after(0)[:4]:
+        index.label(row.episode, "success", "ada")
+    for row in index.after(0)[4:]:
+        index.label(row.episode, "failure", "ada")
+    line = iterate(trainer, robot, 0)
+    assert line["env_steps"] == sum(steps)
+    (held, *_) = trainer.buffer.own_episodes()
+    index.label(held, "failure", "bob")
+    failed = index.after(0)[4].episode
+    index.label(failed, "discard", "bob")
+    more = robot.run(4)
+    line = iterate(trainer, robot, 0)
+    assert line["env_steps"] == sum(steps) + sum(more)
+    assert held not in trainer.buffer.own_episodes()
+
+
 def test_only_a_task_of_the_policy_can_be_post_trained() -> None:
     assert CONFIG.post_trained(SPEC) == ("reach",)
     with pytest.raises(ConfigError, match=r"trainer.post_train: 'push' is not among the tasks \(reach\)"):
