@@ -153,11 +153,13 @@ class Registry:
             (change.unix_s, "live", change.version) for change in self.history()
         ]
         changes += [(change.unix_s, change.stage, change.version) for change in self.stages()]
-        acted, live, canary = [], "", ""
+        acted: builtins.list[str] = []
+        live = canary = ""
         for _, stage, version in sorted(changes, key=lambda change: change[0]):
             if stage == "live" and version != live:
                 live = version
-                acted.append(version)
+                if acted[-1:] != [version]:
+                    acted.append(version)
             elif stage == "canary":
                 canary = version
                 acted.append(version)

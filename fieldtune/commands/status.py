@@ -101,6 +101,8 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
         table.add_row("safety stage", ", ".join(f"{rule} {count}" for rule, count in now.interventions.items()))
     if now.refused:
         table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
+    for name, text in staging_rows(now.staging):
+        table.add_row(name, text)
     return table
 
 
@@ -109,3 +111,32 @@ def _shares(shares: dict[str, float]) -> str:
     rows = [f"{task} {share:.3f}" for task, share in sorted(shares.items(), key=lambda item: -item[1])]
     shown = rows if len(rows) <= 2 * SHARES_SHOWN else [*rows[:SHARES_SHOWN], "...", *rows[-SHARES_SHOWN:]]
     return ", ".join(shown)
+
+
+def staging_rows(staging: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the versions that are not live stand: the canary, alarms, and who has pinned the live version."""
+    rows = []
+    if staging.get("candidate"):
+        found = staging["evidence"]
+        low, high = found["success_difference"]
+        rows.append(
+            (
+                "canary",
+                f"{staging['candidate'][:12]}   {found['candidate_episodes']} episodes beside "
+                f"{found['live_episodes']}, success {low:+.2f} to {high:+.2f}",
+            )
+        )
+        against = ", ".join(f"{name} {found[name]:.2g}" for name in ("better", "not_worse", "faster"))
+        rows.append(
+            (
+                "evidence",
+                f"{against} of {found['needed_to_promote']:.0f}; worse {found['worse']:.2g} of "
+                f"{found['needed_to_roll_back']:.0f}",
+            )
+        )
+    for drift in staging.get("drifts", ()):
+        text = f"{drift['statistic']} {drift['direction']}, {drift['record']:.3g} to {drift['recent']:.3g}"
+        rows.append(("drift", text))
+    if staging.get("pinned"):
+        rows.append(("pinned", f"by {staging['pinned']}"))
+    return rows
