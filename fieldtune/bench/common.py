@@ -274,6 +274,9 @@ class FixedLive:
         """The policy."""
         return self.policy
 
+    def failed(self, version: str, why: str) -> None:
+        """Whoever asked is told."""
+
     def standing(self) -> dict[str, Any]:
         """Nothing is staged."""
         return {}

@@ -87,8 +87,6 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
         table.add_row(
             "w(t)", f"{trainer['weight']:.2f}   KL {trainer['kl']:.3f}   EV {trainer['explained_variance']:.2f}"
         )
-    for name, text in staging_rows(now.staging):
-        table.add_row(name, escape(text))
     if now.latency_ms:
         ms = now.latency_ms
         table.add_row("latency", f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, max {ms['max']:.1f} ms")
@@ -103,33 +101,9 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
         table.add_row("safety stage", ", ".join(f"{rule} {count}" for rule, count in now.interventions.items()))
     if now.refused:
         table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
+    for name, text in staging_rows(now.staging):
+        table.add_row(name, escape(text))
     return table
-
-
-def staging_rows(staging: dict[str, Any]) -> list[tuple[str, str]]:
-    """The canary that runs with its evidence, the live version's alarms, and who has pinned it (docs/deploying.md)."""
-    rows = []
-    if staging.get("candidate"):
-        found = staging["evidence"]
-        success = [found["candidate_success"], found["live_success"]]
-        own, live = (f"{share:.2f}" if share is not None else "-" for share in success)
-        (low, high), needed = found["success_difference"], found["needed_to_promote"]
-        rows += [
-            ("canary", f"{staging['candidate'][:12]}   {found['candidate_episodes']} episodes, success {own}"),
-            ("", f"live version: {found['live_episodes']} episodes, success {live}"),
-            ("", f"difference {low:+.2f} to {high:+.2f} (95 %)"),
-            (
-                "evidence",
-                f"better {found['better']:.3g}, not worse {found['not_worse']:.3g}, faster {found['faster']:.3g}",
-            ),
-            ("", f"of {needed:.3g}; worse {found['worse']:.3g} of {found['needed_to_roll_back']:.3g}"),
-        ]
-    for drift in staging.get("drifts", []):
-        change = f"{drift['direction']} from {drift['record']:.3g} to {drift['recent']:.3g}"
-        rows.append(("alarm", f"{drift['statistic']} {change}"))
-    if staging.get("pinned"):
-        rows.append(("pinned", f"by {staging['pinned']}"))
-    return rows
 
 
 def _shares(shares: dict[str, float]) -> str:
@@ -137,3 +111,32 @@ def _shares(shares: dict[str, float]) -> str:
     rows = [f"{task} {share:.3f}" for task, share in sorted(shares.items(), key=lambda item: -item[1])]
     shown = rows if len(rows) <= 2 * SHARES_SHOWN else [*rows[:SHARES_SHOWN], "...", *rows[-SHARES_SHOWN:]]
     return ", ".join(shown)
+
+
+def staging_rows(staging: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the versions that are not live stand: the canary, alarms, and who has pinned the live version."""
+    rows = []
+    if staging.get("candidate"):
+        found = staging["evidence"]
+        low, high = found["success_difference"]
+        rows.append(
+            (
+                "canary",
+                f"{staging['candidate'][:12]}   {found['candidate_episodes']} episodes beside "
+                f"{found['live_episodes']}, success {low:+.2f} to {high:+.2f}",
+            )
+        )
+        against = ", ".join(f"{name} {found[name]:.2g}" for name in ("better", "not_worse", "faster"))
+        rows.append(
+            (
+                "evidence",
+                f"{against} of {found['needed_to_promote']:.0f}; worse {found['worse']:.2g} of "
+                f"{found['needed_to_roll_back']:.0f}",
+            )
+        )
+    for drift in staging.get("drifts", ()):
+        text = f"{drift['statistic']} {drift['direction']}, {drift['record']:.3g} to {drift['recent']:.3g}"
+        rows.append(("drift", text))
+    if staging.get("pinned"):
+        rows.append(("pinned", f"by {staging['pinned']}"))
+    return rows
