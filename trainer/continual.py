@@ -201,13 +201,15 @@ class ContinualTrainer:
             known = {row.episode for row in judged}
             rows = [row for row in rows if row.episode not in known] + judged
             new = self._index.after(newest, PULL_ROWS)
-            if new or self._versions.on_trial:
+            on_trial = self._versions.on_trial
+            if new or on_trial:
                 # The version may have been rejected, by rule or by hand: then everything is older than it was.
                 self._follow_live()
+            if new:
                 rows += new
                 newest = new[-1].seq
                 news_s = time.monotonic()
-            if new or judged:
+            if new or judged or on_trial:
                 ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
             if len(new) == PULL_ROWS:
                 continue
