@@ -211,7 +211,7 @@ def on_trial(run: RunDir, robot: Robot) -> tuple[ContinualTrainer, str, str]:
 
 
 def test_nothing_is_learned_while_a_version_is_on_trial(run: RunDir, robot: Robot) -> None:
-    trainer, live, version = on_trial(run, robot)
+    trainer, _, version = on_trial(run, robot)
     robot.run(4)
     robot.run(4, version=version)
     threading.Timer(1.0, trainer._stop.set).start()
