@@ -255,7 +255,7 @@ def test_a_killed_export_leaves_whole_episodes_and_goes_on(tmp_path: Path) -> No
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
-from test_export import to_lerobot
+from test_data_export import to_lerobot
 to_lerobot(Path({str(log)!r}), Path({str(out)!r}))
 """
     child = subprocess.Popen([sys.executable, "-c", code])
