@@ -103,7 +103,7 @@ class EpisodeLoop:
         half = max(1, welcome.horizon // 2)
         self.play_steps = min(config.play_steps or (half if self.merge else welcome.horizon), welcome.horizon)
         self.delay_steps = 0 if spec.paced else config.delay_steps
-        self.random = np.random.default_rng([assignment.seed, self.delay_steps])
+        self.random = np.random.default_rng([abs(assignment.seed), self.delay_steps])
         self.delays: deque[int] = deque(maxlen=RECENT_DELAYS)
         self.chunks = Chunks(guard.check, BLEND_STEPS if self.merge == "blend" else 0)
         self.report = StepReport()

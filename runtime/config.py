@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from runtime.canary_test import CanaryRule
+from runtime.canary import CanaryRule
 from runtime.drift import DriftRule
 
 Positive = Annotated[float, Meta(gt=0)]

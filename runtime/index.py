@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from runtime.database import Database, DatabaseError
 from runtime.episode import End, Label, Source
+from runtime.labels import StoredLabel, append_label, read_labels
 
 _SCHEMA = (
     # AUTOINCREMENT: a seq is never given twice, so a reader's cursor can only move forward.
@@ -93,6 +94,7 @@ _INSERT = (
     f"INSERT INTO episodes ({', '.join(_STORED)}) VALUES ({', '.join('?' * len(_STORED))}) "  # noqa: S608
     "ON CONFLICT (episode) DO NOTHING"
 )
+_INSERT_LABEL = "INSERT INTO labels (episode, label, who, unix_s) VALUES (?, ?, ?, ?)"
 _FILTER = (
     " WHERE (?1 IS NULL OR task = ?1) AND (?2 IS NULL OR status = ?2) AND (?3 IS NULL OR EXISTS "
     "(SELECT 1 FROM json_each(versions) WHERE substr(value, 1, length(?3)) = ?3))"
@@ -108,6 +110,7 @@ class EpisodeIndex:
     def __init__(self, directory: Path) -> None:
         """`directory` is that of the log."""
         self.directory = directory
+        self._labels = directory / "labels.jsonl"
         self._database = Database(directory / "index.sqlite", _SCHEMA, version=2)
 
     def after(self, seq: int, limit: int = 1000) -> builtins.list[EpisodeRow]:
@@ -161,14 +164,16 @@ class EpisodeIndex:
     # --- labels ---------------------------------------------------------------------------------------------------
 
     def label(self, episode: str, label: Label, who: str) -> EpisodeRow:
-        """Say how an episode went, now or again; gives its row. Raises `DatabaseError` if there is no such episode."""
+        """Say how an episode went, now or again; gives its row. It is on the disk on return. Raises `DatabaseError` if
+        there is no such episode.
+        """
         with self._database.transaction() as connection:
             if not connection.execute("SELECT 1 FROM episodes WHERE episode = ?", (episode,)).fetchone():
                 raise DatabaseError(f"no episode {episode} in {self.directory}")
-            connection.execute(
-                "INSERT INTO labels (episode, label, who, unix_s) VALUES (?, ?, ?, ?)",
-                (episode, label, who, time.time()),
-            )
+            # The file first: the index can be made anew from it, and not the other way round.
+            given = StoredLabel(episode, label, who, time.time())
+            append_label(self._labels, given)
+            connection.execute(_INSERT_LABEL, msgspec.structs.astuple(given))
         row = self.get(episode)
         assert row is not None
         return row
@@ -186,10 +191,6 @@ class EpisodeIndex:
             for number, episode, label, who, unix_s, awaited in rows
         ]
 
-    def labels_of(self, episode: str) -> builtins.list[LabelRow]:
-        """The labels of one episode, oldest first."""
-        return [row for row in self.labels_after(0) if row.episode == episode]
-
     # --- for the log ----------------------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[EpisodeRow]) -> None:
@@ -203,6 +204,13 @@ class EpisodeIndex:
         ]
         with self._database.transaction() as connection:
             connection.executemany(_INSERT, values)
+
+    def restore_labels(self) -> None:
+        """Take in the labels of the file that are not in the index: all of them in one that was made anew."""
+        with self._database.transaction() as connection:
+            (there,) = connection.execute("SELECT COUNT(*) FROM labels").fetchone()
+            missing = [msgspec.structs.astuple(label) for label in read_labels(self._labels)[there:]]
+            connection.executemany(_INSERT_LABEL, missing)
 
     def known(self) -> dict[str, bool]:
         """All episode ids, and whether their file is deleted."""

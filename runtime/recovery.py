@@ -53,6 +53,7 @@ def recover(directory: Path, index: EpisodeIndex) -> list[str]:
     rows.sort(key=lambda row: row.started_unix_s)  # the names of the files say nothing of which came first
     for first in range(0, len(rows), BATCH):
         index.add(rows[first : first + BATCH])
+    index.restore_labels()
     gone = [episode for episode, deleted in known.items() if not deleted and episode not in present]
     if gone:
         index.mark_deleted(gone)

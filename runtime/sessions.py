@@ -14,6 +14,7 @@ from bridge.messages import RULES, Code, EndEpisode, Ending, Infer, WireError
 from bridge.safety import STARVED
 
 Arrays = dict[str, NDArray[Any]]
+MOST_UNPLAYED = 100  # chunks in a row of which nothing was played: each is logged with its images
 REPORT = ("sent", "reward", "rules")
 
 
@@ -124,6 +125,8 @@ class OpenEpisode:
         """A chunk is asked for at the step that the reports, with the `k` of this one, have come to."""
         if message.step != self.steps + k:
             raise RefusalError("episode", "step", f"is {message.step}, but {self.steps + k} steps were reported")
+        if len(self.observed) > MOST_UNPLAYED and not k:
+            raise RefusalError("episode", "played", f"is empty, and {MOST_UNPLAYED} chunks were not played")
 
     def check_end(self, message: EndEpisode, k: int) -> None:
         """An episode ends with a decision made and every step counted; an aborted one may end before its first step."""

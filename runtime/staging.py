@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from bridge.messages import Governing
 from runtime.bundle import BundleError
-from runtime.canary_test import Canary
+from runtime.canary import Canary
 from runtime.config import DeployConfig
 from runtime.gate import GateReport, gate_episodes, judge
 from runtime.index import EpisodeIndex, EpisodeRow
@@ -32,27 +32,10 @@ from runtime.reading import EpisodeError, read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.swap import Live
+from runtime.trial import Trial, tells_of_one
 
 POLL_S = 0.25
 PULL_ROWS = 1000
-
-
-@dataclass(slots=True)
-class _Trial:
-    """A canary that runs.
-
-    Episodes count that began since then. Of those that were in progress the short ones are missing, which are the
-    successes: with them the live version would look worse than it is.
-    """
-
-    policy: Policy
-    test: Canary
-    since_unix_s: float
-
-    def counts(self, row: EpisodeRow) -> bool:
-        """Whether the test wants this episode."""
-        known = row.versions in ((self.test.candidate,), (self.test.live,))
-        return known and row.source == "policy" and row.started_unix_s >= self.since_unix_s
 
 
 class Staging:
@@ -70,11 +53,12 @@ class Staging:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="staging", daemon=True)
         self._open_since: Callable[[], float] = lambda: np.inf
-        self._trial: _Trial | None = None
+        self._trial: Trial | None = None
         self._live_watch = LiveWatch(config)
         self._pinned_by = self._registry.pinned()
         self._standing: dict[str, Any] = {}
         self._waiting: list[EpisodeRow] = []
+        self._for_trial: deque[EpisodeRow] = deque()
         self._failure: tuple[str, str] | None = None
         version = live().version
         if self._registry.stage(version) != "live":
@@ -225,9 +209,9 @@ class Staging:
         self._trial = trial
         self._warn(f"canary {policy.version[:12]} drives {self._config.canary.share:.0%} of the episodes")
 
-    def _new_trial(self, policy: Policy, since_unix_s: float) -> _Trial:
+    def _new_trial(self, policy: Policy, since_unix_s: float) -> Trial:
         test = Canary(policy.version, self._live().version, self._horizon_steps, self._config.canary)
-        return _Trial(policy, test, since_unix_s)
+        return Trial(policy, test, since_unix_s)
 
     def _end_trial(self, why: str, who: str, *, must: bool = False) -> None:
         trial, self._trial = self._trial, None
@@ -288,40 +272,37 @@ class Staging:
         self._waiting.sort(key=lambda row: row.started_unix_s)
         taken = 0
         while self._waiting and self._waiting[0].started_unix_s < open_since and not self._stop.is_set():
+            row = self._waiting.pop(0)
+            taken += 1
+            if tells_of_one(row):
+                self._for_trial.append(row)
+                with self._changing:
+                    self._check_drift(row)
+        while self._for_trial and not self._stop.is_set():
             with self._changing:
-                row = self._as_judged(self._waiting[0])
-                if row is None:
+                judged = self._as_judged(self._for_trial[0])
+                if judged is None:
                     break
-                del self._waiting[0]
-                self._take(row)
+                self._for_trial.popleft()
                 taken += 1
+                # Its label may have discarded it.
+                if self._trial and self._trial.counts(judged):
+                    self._trial.add(judged)
+                    self._conclude(self._trial)
         if taken:
             with self._changing:
                 self._note()
 
     def _as_judged(self, row: EpisodeRow) -> EpisodeRow | None:
-        """The row with its label; None for one that a canary needs and nobody has judged yet. Those behind it wait:
-        people may label failures first.
+        """The row with its label; None for one that a canary needs and nobody has judged yet. Those behind it wait for
+        the canary, since people may label failures first; the watch on the live version waits for nobody.
         """
         if row.status != "unjudged" or self._trial is None or not self._trial.counts(row):
             return row
         found = self._index.get(row.episode)
         return found if found is not None and found.status != "unjudged" else None
 
-    def _take(self, row: EpisodeRow) -> None:
-        # A stop is most often the policy's doing; what else breaks off says nothing of it.
-        stopped = row.status == "aborted" and row.reason.startswith("stopped")
-        if row.source != "policy" or len(row.versions) != 1 or (row.status == "aborted" and not stopped):
-            return
-        trial, (version,) = self._trial, row.versions
-        if trial and trial.counts(row):
-            steps = self._horizon_steps if stopped else min(row.steps, self._horizon_steps)
-            trial.test.add(version, row.status == "success", steps)
-            self._conclude(trial)
-        if version == self._live().version and row.started_unix_s >= self._live_since_unix_s and not row.deleted:
-            self._check_drift(row)
-
-    def _conclude(self, trial: _Trial) -> None:
+    def _conclude(self, trial: Trial) -> None:
         count = len(trial.test.outcomes)
         match trial.test.decision:
             case "promote":
@@ -332,6 +313,9 @@ class Staging:
                 self._end_trial(f"canary: no better after {count} episodes", "rule")
 
     def _check_drift(self, row: EpisodeRow) -> None:
+        of_live = row.versions == (self._live().version,) and row.started_unix_s >= self._live_since_unix_s
+        if row.deleted or not of_live:
+            return
         try:
             episode = read_row(self._index, row)
         except EpisodeError:

@@ -83,6 +83,8 @@ class Live:
         """Make a version (an id or a prefix) live by hand; the other commands are for staged versions."""
         if command != "promote":
             raise BundleError("command", f"{command} is for runtime.deploy.mode: staged; here every version goes live")
+        if not version:
+            raise BundleError("version", "no canary runs where every version goes live at once; say which version")
         return self.rollback(version, why=f"promoted by {who}")
 
     def standing(self) -> dict[str, Any]:

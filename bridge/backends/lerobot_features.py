@@ -94,6 +94,7 @@ def read_spec(observations: Mapping[str, Any], actions: Mapping[str, Any], optio
             control_hz=options.control_hz,
             instructions=dict(options.instructions),
             paced=True,
+            judges=False,
         )
     except ValueError as error:
         raise ConfigError(f"{OPTIONS}.instructions: {error}") from error

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fieldtune.bench.canary_fixed import fixed_sample_tests
 from fieldtune.bench.common import Goal, Result
 from runtime.betting import Float64, block_differences, block_ends
-from runtime.canary_test import CanaryRule, faster_wealth, promotion_alpha, success_wealths
+from runtime.canary import CanaryRule, faster_wealth, promotion_alpha, success_wealths
 from trainer.statistics import wilson
 
 DEPLOYMENTS = 10_000
@@ -123,7 +123,7 @@ def draw(scenario: Scenario, episodes: int, deployments: int, rng: np.random.Gen
 
 
 def sequential(episodes: Episodes, rule: CanaryRule) -> Decided:
-    """`runtime.canary_test.Canary` on many deployments at once."""
+    """`runtime.canary.Canary` on many deployments at once."""
     candidate, live, success = episodes.candidate, ~episodes.candidate, episodes.success
     everything = np.ones_like(candidate)
     successes, ends = blocks(success.astype(np.float64), candidate, live, everything, rule.share)

@@ -7,7 +7,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.canary_test import CanaryRule, promotion_alpha
+from runtime.canary import CanaryRule, promotion_alpha
 
 Bool = NDArray[np.bool_]
 Float64 = NDArray[np.float64]

@@ -163,6 +163,5 @@ def view_episode(
     """
     from fieldtune.data.rerun_view import view
 
-    whole = read_episode(find_file(run_dir(load_deployment(config, overrides)), episode, log))
-    view(whole)
+    view(read_episode(find_file(run_dir(load_deployment(config, overrides)), episode, log)))
     return 0

@@ -63,7 +63,7 @@ def test_features_and_options_make_the_spec_in_the_order_of_the_robot():
     assert spec.action.units == spec.state.units == ("deg", "deg", "%")
     assert (spec.action.low, spec.action.high) == ((-2.0, -2.0, 0.0), (2.0, 2.0, 100.0))
     assert [(c.name, c.height, c.width) for c in spec.cameras] == [("wrist", 8, 10)]
-    assert spec.paced and spec.control_hz == 30.0 and spec.action.kind == "absolute"
+    assert spec.paced and spec.control_hz == 30.0 and spec.action.kind == "absolute" and not spec.judges
     assert spec.instructions == {"pick": ("pick up the block", "take the block")}
 
 

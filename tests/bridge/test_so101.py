@@ -82,7 +82,7 @@ def test_the_spec_needs_no_arm_and_names_units_and_limits():
     assert spec.state.names == spec.action.names == tuple(so101_joints())
     assert spec.state.units == ("deg",) * 5 + ("percent",)
     assert spec.action.low[1] == pytest.approx(-90, abs=0.1) and spec.action.high[5] == 100
-    assert spec.paced and spec.control_hz == 30 and list(spec.instructions) == ["reach"]
+    assert spec.paced and spec.control_hz == 30 and list(spec.instructions) == ["reach"] and spec.judges
     # 120 degrees a second; the gripper's 100 percent are 1400 ticks.
     rate = [120.0] * 5 + [120 * 4096 / 360 / 14]
     assert spec.action.kind == "absolute" and spec.max_rate == pytest.approx(rate)
@@ -347,7 +347,7 @@ def plugged():
 
 def test_a_real_arm_runs_on_and_has_no_expert(plugged, tmp_path):
     backend = SO101(real_options(plugged.path, tmp_path))
-    assert not isinstance(backend, HasExpert) and backend.spec.privileged is None
+    assert not isinstance(backend, HasExpert) and backend.spec.privileged is None and not backend.spec.judges
     backend.connect()
     with pytest.raises(BackendError, match="no task 'reach'"):
         backend.reset("reach", 0)

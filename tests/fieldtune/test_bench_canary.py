@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fieldtune.bench.canary import METHODS, Decided, Scenario, draw, join, scenarios, sequential, simulate
 from fieldtune.bench.canary_fixed import FIRST_LOOK, fixed_sample_tests
 from fieldtune.cli import run
-from runtime.canary_test import Canary, CanaryRule, Decision
+from runtime.canary import Canary, CanaryRule, Decision
 
 RULE = CanaryRule(max_episodes=200)
 

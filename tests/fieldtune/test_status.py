@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from fieldtune.commands.status import staging_rows
-from runtime.canary_test import Canary
+from runtime.canary import Canary
 from runtime.drift import Drift
 
 

@@ -178,7 +178,6 @@ def test_labels_are_read_in_order_and_the_one_that_was_waited_for_is_known(tmp_p
     given = [(row.number, row.episode, row.label, row.awaited) for row in index.labels_after(0)]
     assert given == [(1, "b", "failure", True), (2, "a", "failure", False), (3, "b", "success", False)]
     assert [row.number for row in index.labels_after(2)] == [3]
-    assert [row.label for row in index.labels_of("b")] == ["failure", "success"]
 
 
 def test_only_an_episode_that_is_there_is_labelled(tmp_path: Path) -> None:
@@ -198,3 +197,22 @@ def test_an_index_from_before_labels_gets_them(tmp_path: Path) -> None:
     index.close()
     assert [row.episode for row in index.after(0)] == ["a"]
     assert index.label("a", "failure", "ada").status == "failure"
+
+
+def test_an_index_that_is_made_anew_gets_its_labels_back_and_a_torn_one_costs_no_other(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a"), make_row("b")])
+    index.label("a", "failure", "ada")
+    with (tmp_path / "labels.jsonl").open("ab") as file:
+        file.write(b'\n{"episode":"b","la')  # the power went
+    index.label("b", "discard", "bob")
+    before = index.labels_after(0)
+    index.restore_labels()
+    assert index.labels_after(0) == before
+    index.close()
+    for path in tmp_path.glob("index.sqlite*"):
+        path.unlink()
+    index.add([make_row("b"), make_row("a")])
+    index.restore_labels()
+    assert index.labels_after(0) == before
+    assert {row.episode: row.status for row in index.after(0)} == {"a": "failure", "b": "aborted"}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from server_samples import ENOUGH_S, until
 
 from bridge.backend import Backend
 from bridge.client import PolicyClient, RefusedError, connect_dealer
@@ -27,15 +28,6 @@ from bridge.messages import (
     encode,
 )
 from runtime.reading import read_episode
-
-ENOUGH_S = 30.0
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + ENOUGH_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"waited {ENOUGH_S} s for {what}"
-        time.sleep(0.01)
 
 
 class Bridge:

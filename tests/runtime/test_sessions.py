@@ -251,6 +251,17 @@ def test_a_chunk_does_not_play_over_what_was_committed(serve: Any, point: Backen
     assert second.log_prob[:2].tolist() == [0.0, 0.0] and second.log_prob[2:].all()
 
 
+def test_chunks_that_nobody_plays_are_not_given_for_ever(robot: Any, point: Backend, monkeypatch: Any) -> None:
+    monkeypatch.setattr("runtime.sessions.MOST_UNPLAYED", 3)
+    observation = robot.observation(point.spec)
+    for _ in range(4):
+        robot.infer(observation)
+    assert refused(lambda: robot.infer(observation)).field == "played"
+    robot.executed()
+    robot.infer(observation)
+    robot.infer(observation, step=1)
+
+
 @pytest.mark.parametrize("prefix", [np.zeros((1, 2), np.float32), np.zeros(2, np.float32)])
 def test_a_policy_that_takes_no_prefix_is_told_none(robot: Any, point: Backend, prefix: Any) -> None:
     observation = robot.observation(point.spec)

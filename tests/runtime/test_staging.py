@@ -18,7 +18,7 @@ from bridge.backend import Backend
 from bridge.client import RefusedError
 from bridge.messages import RULES, Announce, Assignment, Govern, Orders, Serving, Watch
 from runtime.bundle import BundleError
-from runtime.canary_test import CanaryRule
+from runtime.canary import CanaryRule
 from runtime.config import DeployConfig, GateRule
 from runtime.drift import DriftRule
 from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
@@ -551,6 +551,19 @@ def test_when_the_safety_stage_intervenes_more_the_live_version_is_rolled_back(s
         scene.write(version)
     scene.look()
     assert scene.staging().version == version
+    for _ in range(15):
+        scene.write(version, rules="rate")
+    scene.look()
+    assert scene.staging().version == scene.first
+    assert scene.why(version)[0].startswith("interventions rose from 0 to ")
+
+
+def test_a_canary_that_waits_for_a_label_does_not_keep_the_watch_from_acting(scene: Scene) -> None:
+    version = second_live(scene)
+    candidate = scene.announce(0.13)
+    scene.write(candidate, status="unjudged")
+    for _ in range(25):
+        scene.write(version)
     for _ in range(15):
         scene.write(version, rules="rate")
     scene.look()

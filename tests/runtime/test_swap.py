@@ -355,3 +355,18 @@ def test_a_bundle_made_elsewhere_is_a_root_and_not_pruned(run: RunDir, tiny_bund
         versions.append(tiny_bundle(run.policies, float(i), parent=versions[-1]))
         the_live.announce(run.policies / versions[-1])
     assert {path.name for path in run.policies.iterdir()} == {imported, *versions[-3:]}
+
+
+def test_a_promotion_by_hand_needs_a_version_where_nothing_is_staged(
+    run: RunDir, started: str, tiny_bundle: TinyBundle
+) -> None:
+    now = live(run)
+    second = tiny_bundle(run.path / "made", 2.0, parent=started)
+    now.announce(run.path / "made" / second)
+    with pytest.raises(BundleError, match="say which version"):
+        now.govern("promote", "", "ada")
+    assert now().version == second
+    assert now.govern("promote", started[:8], "ada") == started
+    assert Registry(run.registry).history()[-1].why == "promoted by ada"
+    with pytest.raises(BundleError, match="staged"):
+        now.govern("pin", "", "ada")

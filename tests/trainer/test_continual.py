@@ -22,7 +22,6 @@ from bridge.config import ConfigError
 from runtime.bundle import read_bundle
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
-from runtime.policy import Policy
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import continual, metrics
@@ -185,57 +184,6 @@ def test_another_label_changes_the_buffer_and_is_not_learned_from_again(run: Run
     line = iterate(trainer, robot, 0)
     assert line["env_steps"] == sum(steps) + sum(more)
     assert held not in trainer.buffer.own_episodes()
-
-
-def staged(run: RunDir) -> Callable[[Path], None]:
-    """What a runtime with staged versions does: a canary of whatever is announced."""
-
-    def announce(path: Path) -> None:
-        version = Policy.load(path).version
-        Registry(run.registry).enter(version, "canary", why="test")
-
-    return announce
-
-
-def on_trial(run: RunDir, robot: Robot) -> tuple[ContinualTrainer, str, str]:
-    """A trainer whose first version is on trial, the live version, and the one on trial."""
-    registry = Registry(run.registry)
-    live = registry.live()
-    assert live is not None
-    registry.enter(live, "live", why="test")
-    trainer = make_trainer(run, announce=staged(run))
-    iterate(trainer, robot)
-    iterate(trainer, robot)
-    assert registry.live() == live != trainer.version and registry.stage(trainer.version) == "canary"
-    return trainer, live, trainer.version
-
-
-def test_nothing_is_learned_while_a_version_is_on_trial(run: RunDir, robot: Robot) -> None:
-    trainer, _, version = on_trial(run, robot)
-    robot.run(4)
-    robot.run(4, version=version)
-    threading.Timer(1.0, trainer._stop.set).start()
-    assert trainer.collect() is None
-    trainer._stop.clear()
-    Registry(run.registry).set_live(version, why="promoted")
-    Registry(run.registry).enter(version, "live", why="promoted")
-    line = iterate(trainer, robot, 0)  # from the episodes of both
-    assert line["dropped_stale"] == 0 and line["episodes"] == 8
-    assert Registry(run.registry).get(trainer.version).parent == version
-
-
-def test_after_a_rejected_version_training_goes_on_from_the_live_one(run: RunDir, robot: Robot) -> None:
-    trainer, live, _ = on_trial(run, robot)
-    registry = Registry(run.registry)
-    for _ in range(4):
-        # However many were rejected, the live version's episodes are new.
-        rejected = trainer.version
-        robot.run(4)
-        registry.enter(rejected, "rejected", why="test")
-        line = iterate(trainer, robot, 0)
-        assert line["dropped_stale"] == 0
-        assert registry.get(trainer.version).parent == live and trainer.version != rejected
-        assert registry.stage(trainer.version) == "canary"
 
 
 def test_only_a_task_of_the_policy_can_be_post_trained() -> None:

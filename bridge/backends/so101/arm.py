@@ -255,4 +255,5 @@ def _spec(options: SO101Options, calibration: Calibration, targets: Targets) -> 
         privileged=VectorSpec(_TIP, ("m",) * len(_TIP)) if options.emulate else None,
         paced=True,
         max_rate=targets.max_rate,
+        judges=options.emulate,
     )

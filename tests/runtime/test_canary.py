@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.canary_test import Canary, CanaryError, CanaryOutcome, CanaryRule, Decision
+from runtime.canary import Canary, CanaryError, CanaryOutcome, CanaryRule, Decision
 
 CANDIDATE, LIVE = "c" * 64, "a" * 64
 HORIZON = 100
