@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 
 from bridge.config import BackendConfig, BridgeConfig, ConfigError, load_yaml, parse
 from fieldtune.data.mapping import DatasetConfig
+from fieldtune.page.config import PageConfig
 from runtime.config import RuntimeConfig
 from trainer.config import TrainerConfig
 
@@ -28,6 +29,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     trainer: TrainerConfig = TrainerConfig()
     dataset: DatasetConfig = DatasetConfig()
     """see `dataset`"""
+    page: PageConfig = PageConfig()
     runs: str = "runs"
     """Directory that holds the runs."""
 
