@@ -35,6 +35,7 @@ COMMANDS = {
     "pretrain": ("fieldtune.commands.pretrain:pretrain", "make a base policy that others are fine-tuned from"),
     "report": ("fieldtune.commands.report:report", "write the report of a run, or one page of the results of several"),
     "status": ("fieldtune.commands.status:status", "show what a running deployment does"),
+    "page": ("fieldtune.commands.page:page", "serve the operator's page of a run"),
     "policies list": ("fieldtune.commands.policies:list_policies", "list the versions of a run"),
     "policies show": ("fieldtune.commands.policies:show_policy", "show one version and its lineage"),
     "policies diff": ("fieldtune.commands.policies:diff", "compare two versions on what the robots have seen"),

@@ -87,6 +87,18 @@ class LabelRow(Struct, frozen=True, kw_only=True):
     """It is the first of an episode that the robot could not judge."""
 
 
+class Tally(Struct, frozen=True, kw_only=True):
+    """Episodes of one version and status, summed up."""
+
+    version: str
+    status: End
+    episodes: int
+    steps: int
+    """Of all of them together."""
+    steps_squared: int
+    """Sum of the squares."""
+
+
 _COLUMNS = EpisodeRow.__struct_fields__
 _STORED = _COLUMNS[1:-1]
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM rated"  # noqa: S608 (names of our own columns)
@@ -145,6 +157,25 @@ class EpisodeIndex:
             (task, limit),
         )
         return [status == "success" for (status,) in reversed(found)]
+
+    def next_to(self, seq: int, older: int) -> str | None:
+        """The id of the episode just before `seq` (`older` 1) or just after it (-1); None at the end."""
+        where, order = ("seq < ?", "DESC") if older > 0 else ("seq > ?", "ASC")
+        query = f"SELECT episode FROM episodes WHERE {where} ORDER BY seq {order} LIMIT 1"  # noqa: S608 (no input)
+        found = self._database.rows(query, (seq,))
+        return str(found[0][0]) if found else None
+
+    def tallies(self, last: int) -> builtins.list[Tally]:
+        """The last `last` episodes by version and status; those in which several versions acted are left out."""
+        rows = self._database.rows(
+            "SELECT json_extract(versions, '$[0]'), status, COUNT(*), SUM(steps), SUM(steps * steps) FROM rated "
+            "WHERE seq > (SELECT MAX(seq) FROM episodes) - ? AND json_array_length(versions) = 1 GROUP BY 1, 2",
+            (last,),
+        )
+        return [
+            Tally(version=version, status=status, episodes=episodes, steps=steps, steps_squared=squared)
+            for version, status, episodes, steps, squared in rows
+        ]
 
     def path(self, row: EpisodeRow) -> Path:
         """The file of an episode; it may be gone if `row.deleted`, now or since the row was read."""

@@ -45,14 +45,14 @@ def frame(record: Record) -> tuple[bytes, bytes]:
     return HEADER.pack(len(payload), zlib.crc32(payload)), payload
 
 
-def scan_records(file: BinaryIO) -> Iterator[tuple[Record, int]]:
-    """The records of a file and the offset at which each ends. Raises `RecordError` at the first damaged one.
+def scan_records(file: BinaryIO, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """The records of a file from `offset` on and the offset at which each ends. Raises `RecordError` at the first
+    damaged one.
 
     Each record's tensors refer to memory of its own, so keeping one does not keep the others.
     """
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    offset = 0
+    file.seek(offset)
     while offset < size:
         header = file.read(HEADER.size)
         if len(header) < HEADER.size:

@@ -62,6 +62,11 @@ class RunDir:
         return self.path / "eval" / (f"{version}-{variant}" if variant else version)
 
     @property
+    def page_url(self) -> Path:
+        """Where the operator's page is, while it is served."""
+        return self.path / "page.url"
+
+    @property
     def logs(self) -> Path:
         """What each process printed."""
         return self.path / "logs"

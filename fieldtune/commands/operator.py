@@ -33,9 +33,7 @@ def stop(config: Config, /, *, overrides: Set = (), why: str = "by the operator"
     """
     deployment = load_deployment(config, overrides)
     with connect(deployment, "stop", TIMEOUT_S) as client:
-        client.request(Operate(command="stop", why=why), Operated)
-        robots = _stopped(client)
-    late = [name for name, state in robots.items() if not state.startswith("stopped")]
+        robots, late = stop_robots(client, why)
     if as_json:
         print_json({"robots": robots, "late": late})
     else:
@@ -85,12 +83,14 @@ def operator(
     return 0 if reply.robots else 1
 
 
-def _stopped(client: PolicyClient) -> dict[str, str]:
-    """What each robot says of itself, once all say that they are stopped, or after `CONFIRM_S`."""
+def stop_robots(client: PolicyClient, why: str) -> tuple[dict[str, str], list[str]]:
+    """Stop all robots: what each says of itself, and those that do not say within `CONFIRM_S` that they are stopped."""
+    client.request(Operate(command="stop", why=why), Operated)
     deadline_s = time.monotonic() + CONFIRM_S
     while True:
         reply, _ = client.request(GetStatus(), StatusReply)
         robots: dict[str, str] = reply.status["robots"]
-        if all(state.startswith("stopped") for state in robots.values()) or time.monotonic() > deadline_s:
-            return robots
+        late = [name for name, state in robots.items() if not state.startswith("stopped")]
+        if not late or time.monotonic() > deadline_s:
+            return robots, late
         time.sleep(LOOK_S)

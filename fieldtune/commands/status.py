@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.markup import escape
@@ -60,19 +60,34 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return {}
 
 
+class Recent(NamedTuple):
+    """How the last episodes went, without aborted ones."""
+
+    episodes: int
+    success: float
+    steps: float | None
+    """Mean over successes."""
+
+
+def recent_results(now: Status) -> Recent:
+    """Success and steps over the last `RECENT` episodes."""
+    recent = [episode for episode in now.recent if episode.status != "aborted"][-RECENT:]
+    steps = [episode.steps for episode in recent if episode.status == "success"]
+    return Recent(len(recent), len(steps) / max(1, len(recent)), sum(steps) / len(steps) if steps else None)
+
+
 def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Table:
     """Two columns: what, and how it stands."""
     table = Table(show_header=False, title=title or None, title_justify="left", min_width=64)
     table.add_column("", style="dim")
     table.add_column("")
-    recent = [episode for episode in now.recent if episode.status != "aborted"][-RECENT:]
-    successes = [episode for episode in recent if episode.status == "success"]
+    recent = recent_results(now)
     ended = sum(count for name, count in now.episodes.items() if name not in ("aborted", "lost"))
     table.add_row("version", f"{now.version[:12]}   {now.swaps} swaps, {now.refused_swaps} refused")
-    if recent:
-        table.add_row("success", f"{len(successes) / len(recent):.2f} of the last {len(recent)} episodes, exploring")
-    if successes:
-        table.add_row("steps to success", f"{sum(e.steps for e in successes) / len(successes):.1f}")
+    if recent.episodes:
+        table.add_row("success", f"{recent.success:.2f} of the last {recent.episodes} episodes, exploring")
+    if recent.steps is not None:
+        table.add_row("steps to success", f"{recent.steps:.1f}")
     aborted = now.episodes.get("aborted", 0)
     table.add_row(
         "episodes", f"{ended} ended, {aborted} aborted, {now.episodes_per_min:.0f} / min, {now.sessions} bridges"

@@ -21,6 +21,8 @@ from fieldtune.commands.report import make_report
 from fieldtune.commands.status import last_metrics, runtime_status, status_table
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install_to_train
+from fieldtune.page.child import PageChild
+from fieldtune.page.config import check_page_config
 from runtime.durable import write_atomic
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
@@ -41,7 +43,10 @@ class Up:
     config: str
     overrides: tuple[str, ...]
     stop: threading.Event
-    quiet: bool
+    evaluation: bool
+    """Whether to evaluate before and after training."""
+    as_json: bool
+    page: PageChild | None = None
 
     @property
     def run(self) -> RunDir:
@@ -69,7 +74,8 @@ def up(
     """Run a whole deployment: demonstrations, fine-tuning, then runtime, bridge workers and trainer together.
 
     Ctrl-C stops everything in order; the same command goes on where it stopped. It ends by itself when `trainer.stop`
-    is reached, with a summary on goals never trained on and a page of plots in the run's directory.
+    is reached, with a summary on goals never trained on and a page of plots in the run's directory. Meanwhile it
+    serves the operator's page (`page:` in the YAML), whose address it prints.
 
     Examples:
       fieldtune up quickstart
@@ -80,12 +86,27 @@ def up(
         evaluation: evaluate before and after training
     """
     deployment = load_deployment(config, overrides)
-    this = Up(deployment, config, overrides, stop_on_signals(), as_json)
+    this = Up(deployment, config, overrides, stop_on_signals(), evaluation, as_json)
     if fresh and this.run.path.exists():
         aside = this.run.path.with_name(f"{deployment.name}.old-{int(time.time())}")
         shutil.move(this.run.path, aside)
         this.say(f"the earlier run is in {aside}")
     remember_config(this.run, deployment)
+    if not deployment.page.serve:
+        return run_to_the_end(this)
+    check_page_config(deployment.page)
+    page = PageChild(fieldtune_command("page", config, overrides), this.run.page_url, this.run.logs / "page.log")
+    this.page = page
+    try:
+        this.say(page.start())
+        return run_to_the_end(this)
+    finally:
+        page.stop()
+
+
+def run_to_the_end(this: Up) -> int:
+    """From wherever the run stands to its summary."""
+    deployment, evaluation = this.deployment, this.evaluation
     started_s = time.monotonic()
     if not prepare(this):
         return stopped(this)
@@ -105,7 +126,7 @@ def up(
         this.say(f"done: version {last[:12]} is live; evaluation was not asked for")
         return 0
     page, report = make_report(deployment, before, after)
-    if as_json:
+    if this.as_json:
         print_json(report)
         return 0
     out.print(evaluation_table([("before", before), ("after", after)]))
@@ -183,7 +204,7 @@ def require_started_from(registry: Registry, policy: str | None) -> None:
 def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None:
     """Evaluate, with the bar that says which of the two it is."""
     return evaluate_version(
-        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.quiet, title=title
+        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.as_json, title=title
     )
 
 
@@ -240,6 +261,8 @@ def watch(this: Up, children: list[Child], trainer: Child) -> None:
                     alive[child.name] = False
             if not alive[trainer.name]:
                 return
+            if this.page and (said := this.page.tend()):
+                warn(said)
             try:
                 now = runtime_status(this.deployment, timeout_s=1.0)
             except SilentError:

@@ -1,0 +1,126 @@
+"""The page's server: NiceGUI's pages, pictures, `/metrics` and `/healthz`, guarded by `fieldtune.page.access`."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from nicegui import run, ui
+
+from bridge.config import ConfigError
+from fieldtune.page import episodes, learning, player, robots, versions
+from fieldtune.page.access import Access
+from fieldtune.page.config import PageConfig
+from fieldtune.page.prometheus import health
+from fieldtune.page.view import RunView, jpeg
+from runtime.durable import write_atomic
+from runtime.episode_file import EpisodeError
+
+PORTS = 10  # tried from the configured one on, on loopback
+NO_METRICS = "needs the package `prometheus_client`; pip install 'fieldtune[metrics]'\n"
+
+
+def make_app(view: RunView) -> Access:
+    """The whole application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/camera/{client}/{camera}.jpg")
+    async def camera(client: str, camera: str) -> Response:
+        return await _picture(lambda: view.running.look()[client].images[camera], live=True)
+
+    @app.get("/frame/{episode}/{at}/{camera}.jpg")
+    async def frame(episode: str, at: int, camera: str) -> Response:
+        def find() -> Any:
+            logged = view.episode(episode)
+            if logged is None:
+                raise KeyError(episode)
+            return logged.decisions[at].observation.images[camera]
+
+        return await _picture(find, live=False)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        code, body = health(await run.io_bound(view.status))
+        return JSONResponse(body, code)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        if find_spec("prometheus_client") is None:
+            return Response(NO_METRICS, 501, media_type="text/plain")
+        from fieldtune.page.prometheus import exposition
+
+        now, trainer = await run.io_bound(view.status), await run.io_bound(view.trainer)
+        return Response(exposition(now, trainer), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    for each in (robots, versions, learning, episodes, player):
+        each.register(view)
+    ui.run_with(app, title="fieldtune", dark=None, show_welcome_message=False)
+    return Access(app, view.deployment.page)
+
+
+async def _picture(find: Callable[[], Any], *, live: bool) -> Response:
+    """A picture as JPEG. What was logged never changes, what is live is gone at once."""
+    try:
+        image = await run.io_bound(find)
+    except (KeyError, IndexError, EpisodeError):
+        return Response("no such picture\n", 404, media_type="text/plain")
+    headers = {"Cache-Control": "no-store" if live else "private, max-age=3600"}
+    return Response(await run.io_bound(jpeg, image), media_type="image/jpeg", headers=headers)
+
+
+def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
+    """Serve until `stopped`. The address is said, and is in the run's `page.url` meanwhile. Raises `ConfigError`."""
+    app = make_app(view)
+    listener = listen(config)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    url = f"{'https' if config.certificate else 'http'}://{shown}:{port}"
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            ssl_certfile=config.certificate,
+            ssl_keyfile=config.key,
+            timeout_graceful_shutdown=1,
+            ws_max_size=1024 * 1024,
+        )
+    )
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    view.run.path.mkdir(parents=True, exist_ok=True)
+    write_atomic(view.run.page_url, url.encode())
+    say(f"page: {url}")
+    try:
+        _run(server, listener, stopped)
+    finally:
+        view.run.page_url.unlink(missing_ok=True)
+        listener.close()
+
+
+def _run(server: uvicorn.Server, listener: socket.socket, stopped: Callable[[], bool]) -> None:
+    import asyncio
+
+    async def until_stopped() -> None:
+        serving = asyncio.create_task(server._serve([listener]))
+        while not stopped() and not serving.done():
+            await asyncio.sleep(0.2)
+        server.should_exit = True
+        await serving
+
+    asyncio.run(until_stopped())
+
+
+def listen(config: PageConfig) -> socket.socket:
+    """A socket at the configured address; on loopback at the first free port of ten. Raises `ConfigError`."""
+    local = config.password is None
+    for port in range(config.port, min(config.port + (PORTS if local else 1), 65536)):
+        try:
+            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+            return socket.create_server((config.host, port), family=family)
+        except OSError as error:
+            why = error.strerror or str(error)
+    raise ConfigError(f"$.page.port: {config.host}:{config.port} cannot be listened on: {why}")

@@ -1,0 +1,78 @@
+"""`/episodes`: the log, with what people say of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nicegui import run, ui
+from starlette.requests import Request
+
+from fieldtune.page.frame import REFRESH_S, frame, name_of, when
+from fieldtune.page.view import RunView
+from runtime.index import EpisodeRow
+
+LAST = 500
+STATUSES = ["all", "unjudged", "success", "failure", "timeout", "aborted"]
+STATUS_COLOURS = {"success": "green", "failure": "red", "timeout": "orange", "unjudged": "blue", "aborted": "grey"}
+COLUMNS = [
+    {"name": "when", "label": "ended", "field": "when", "align": "left"},
+    {"name": "task", "label": "task", "field": "task", "align": "left"},
+    {"name": "status", "label": "status", "field": "status", "align": "left"},
+    {"name": "steps", "label": "steps", "field": "steps", "align": "right"},
+    {"name": "version", "label": "version", "field": "version", "align": "left"},
+    {"name": "robot", "label": "robot", "field": "robot", "align": "left"},
+    {"name": "by", "label": "labelled by", "field": "by", "align": "left"},
+    {"name": "reason", "label": "", "field": "reason", "align": "left"},
+]
+STATUS_CELL = '<q-td :props="props"><q-badge :color="props.row.colour" :label="props.row.status" /></q-td>'
+
+
+def register(view: RunView) -> None:
+    """Add the page."""
+
+    @ui.page("/episodes")
+    def page(request: Request, status: str = "all") -> None:
+        with frame(view, "Episodes", name_of(request)):
+            with ui.row().classes("w-full items-center gap-2"):
+                wanted = ui.select(STATUSES, label="status", value=status if status in STATUSES else "all")
+                wanted.classes("w-32").props("dense")
+                task = ui.input("task").props("clearable dense")
+                version = ui.input("version").props("clearable dense")
+                ui.space()
+                count = ui.label().classes("figures text-sm opacity-80")
+            table = ui.table(rows=[], columns=COLUMNS, row_key="id", pagination=25)
+            table.classes("w-full figures cursor-pointer").props("flat dense")
+            table.add_slot("body-cell-status", STATUS_CELL)
+            table.on("row-click", lambda event: ui.navigate.to(f"/episodes/{event.args[1]['id']}"))
+            ui.label("Open one to see it and to say how it went.").classes("text-sm opacity-70")
+
+        def find() -> tuple[list[EpisodeRow], int, int]:
+            chosen = wanted.value if wanted.value != "all" else None
+            rows = view.index.list(limit=LAST, status=chosen, task=task.value or None, version=version.value or None)
+            return rows, view.index.count(), view.index.count(status="unjudged")
+
+        async def refresh() -> None:
+            found, total, unjudged = await run.io_bound(find)
+            rows = [_row(row) for row in found]
+            if rows != table.rows:
+                table.rows = rows
+            count.text = f"{total} in the log" + (f", {unjudged} wait for a label" if unjudged else "")
+
+        ui.timer(2 * REFRESH_S, refresh)
+        for control in (wanted, task, version):
+            control.on_value_change(refresh)
+
+
+def _row(row: EpisodeRow) -> dict[str, Any]:
+    return {
+        "id": row.episode,
+        "when": when(row.ended_unix_s),
+        "task": row.task,
+        "status": row.status,
+        "colour": STATUS_COLOURS[row.status],
+        "steps": row.steps,
+        "version": row.versions[-1][:12] if row.versions else "",
+        "robot": row.client,
+        "by": row.labelled_by,
+        "reason": row.reason + (" (file deleted)" if row.deleted else ""),
+    }

@@ -1,0 +1,122 @@
+"""What all pages share: the header with its stop button, the way to the others, and how an action is carried out."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nicegui import run, ui
+from starlette.requests import Request
+
+from bridge.errors import FieldtuneError
+from fieldtune.page import actions
+from fieldtune.page.access import who
+from fieldtune.page.view import RunView
+
+PAGES = {"/": "Robots", "/versions": "Versions", "/learning": "Learning", "/episodes": "Episodes"}
+REFRESH_S = 1.0
+COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange", "stopped": "red"}
+STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
+STYLE = """
+.q-card { box-shadow: none; border: 1px solid rgba(128, 128, 128, .3); border-radius: 8px }
+.camera img { image-rendering: pixelated }
+.figures { font-variant-numeric: tabular-nums }
+"""
+
+
+def name_of(request: Request) -> str:
+    """Whose name goes with what is done here: the one given at login, else whoever runs the page."""
+    return who(request.scope) or getpass.getuser()
+
+
+@contextmanager
+def frame(view: RunView, title: str, name: str) -> Iterator[None]:
+    """A page: header and, inside the context, its content. `name` is who looks."""
+    ui.page_title(f"{title} - {view.deployment.name}")
+    ui.add_css(STYLE)
+    with ui.header().classes("items-center gap-2 py-2 bg-slate-800"):
+        ui.label(view.deployment.name).classes("text-lg font-medium")
+        version = ui.label().classes("font-mono text-sm opacity-80 max-sm:hidden")
+        ui.space()
+        reset = ui.button("Reset", on_click=lambda: act(lambda: actions.order(view, "reset"))).props("flat color=white")
+        reset.tooltip("lift the stop; paused robots stay paused")
+        stop = ui.button("Stop all", on_click=lambda: act(lambda: actions.stop(view, name)), color="red", icon="stop")
+        stop.tooltip("stop all robots at once; they stay stopped until Reset")
+        with ui.row().classes("w-full gap-1"):
+            for path, text in PAGES.items():
+                ui.link(text, path).classes(
+                    "px-3 py-1 rounded text-white no-underline " + ("bg-white/20" if text == title else "")
+                )
+            ui.space()
+            state = ui.label().classes("text-sm self-center")
+    with ui.column().classes("w-full max-w-6xl mx-auto p-2 sm:p-4 gap-4"):
+        yield
+
+    async def refresh() -> None:
+        now = await run.io_bound(view.status)
+        version.text = now.version[:12] if now else ""
+        reset.visible = bool(now and now.stopped)
+        if now is None:
+            state.text = "the runtime does not answer"
+        elif now.stopped:
+            state.text = f"STOPPED: {now.stopped}"
+        else:
+            state.text = f"{len(now.robots)} robots, {now.episodes_per_min:.0f} episodes / min"
+
+    ui.timer(REFRESH_S, refresh)
+
+
+async def act(what: Callable[[], str]) -> None:
+    """Carry out an action away from the page's own thread, and say how it went."""
+    try:
+        done = await run.io_bound(what)
+    except FieldtuneError as error:
+        ui.notify(str(error), type="negative", timeout=10_000, multi_line=True, close_button=True)
+    else:
+        ui.notify(done, type="positive")
+
+
+async def act_if_sure(question: str, what: Callable[[], str]) -> None:
+    """The same once somebody has confirmed it."""
+    with ui.dialog() as dialog, ui.card():
+        ui.label(question)
+        with ui.row().classes("w-full justify-end"):
+            ui.button("No", on_click=lambda: dialog.submit(False)).props("flat")
+            ui.button("Yes", on_click=lambda: dialog.submit(True))
+    if await dialog:
+        await act(what)
+    dialog.delete()
+
+
+def when(unix_s: float) -> str:
+    """Time of day, with the date if it was not today."""
+    moment = time.localtime(unix_s)
+    today = moment[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M", moment)
+
+
+def line_chart(title: str, *, y_max: float | None = None) -> ui.echart:
+    """A chart whose lines `set_lines` sets."""
+    return ui.echart(
+        {
+            "title": {"text": title, "left": 8, "textStyle": {"fontSize": 13, "fontWeight": "normal"}},
+            "animation": False,
+            "grid": {"left": 48, "right": 16, "top": 52, "bottom": 24},
+            "tooltip": {"trigger": "axis", "confine": True},
+            "legend": {"top": 22, "left": 4, "type": "scroll", "itemWidth": 14, "textStyle": {"fontSize": 11}},
+            "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax", "splitLine": {"show": False}},
+            "yAxis": {"type": "value", "scale": True, "max": y_max},
+            "series": [],
+        }
+    ).classes("w-full h-56")
+
+
+def set_lines(chart: ui.echart, lines: dict[str, list[tuple[float, float]]]) -> None:
+    """Name -> points (x, y)."""
+    chart.options["series"] = [
+        {"name": name, "type": "line", "showSymbol": False, "lineStyle": {"width": 1.5}, "data": points}
+        for name, points in lines.items()
+    ]
+    chart.update()

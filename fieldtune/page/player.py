@@ -1,0 +1,171 @@
+"""`/episodes/ID`: one episode, frame by frame, and the keys that say how it went."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from nicegui import events, run, ui
+from starlette.requests import Request
+
+from bridge.messages import RULES
+from fieldtune.page import actions
+from fieldtune.page.episodes import STATUS_COLOURS
+from fieldtune.page.frame import act, frame, line_chart, name_of, set_lines, when
+from fieldtune.page.view import RunView
+from runtime.episode import Episode, Label
+from runtime.episode_file import EpisodeError
+from runtime.index import EpisodeRow
+
+KEYS: dict[str, Label] = {"s": "success", "f": "failure", "d": "discard"}
+FASTEST_FRAME_S = 0.1
+SHOWN_ELEMENTS = 8  # of an action, as lines
+
+
+def register(view: RunView) -> None:
+    """Add the page."""
+
+    @ui.page("/episodes/{episode}")
+    async def page(request: Request, episode: str) -> None:
+        name = name_of(request)
+        row = await run.io_bound(view.episode_row, episode)
+        with frame(view, "Episodes", name):
+            if row is None:
+                ui.label(f"There is no episode {episode} in {view.run.episodes}.")
+                return
+            try:
+                logged = await run.io_bound(view.episode, episode)
+            except EpisodeError as error:
+                logged = None
+                ui.label(str(error)).classes("text-red")
+            _show(view, name, row, logged)
+
+
+def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> None:
+    with ui.row().classes("w-full items-center gap-2"):
+        ui.label(row.task).classes("text-lg font-medium")
+        status = ui.badge()
+        said = ui.label().classes("text-sm opacity-80")
+        ui.space()
+        ui.button("Newer", on_click=lambda: go(-1)).props("flat dense no-caps")
+        ui.button("Older", on_click=lambda: go(1)).props("flat dense no-caps")
+    ui.label(
+        f"{row.episode}, {when(row.ended_unix_s)}, {row.client}, {row.steps} steps, {row.decisions} decisions, "
+        f"version {', '.join(version[:12] for version in row.versions)}, seed {row.seed}"
+    ).classes("text-sm figures opacity-80")
+    with ui.row().classes("gap-2"):
+        for key, value in KEYS.items():
+            colour = {"success": "green", "failure": "red", "discard": "grey"}[value]
+            ui.button(f"{value.capitalize()} ({key})", color=colour, on_click=lambda v=value: give(v)).props(
+                "dense no-caps outline"
+            ).classes("px-2")
+    player = Player(row, logged) if logged and logged.decisions else None
+
+    async def refresh() -> None:
+        now = await run.io_bound(view.episode_row, row.episode)
+        if now:
+            status.text = now.status
+            status.props(f"color={STATUS_COLOURS[now.status]}")
+            said.text = f"labelled by {now.labelled_by}" if now.labelled_by else now.reason
+
+    async def give(value: Label) -> None:
+        await act(partial(actions.label, view, row.episode, value, name))
+        await refresh()
+
+    async def go(older: int) -> None:
+        near = await run.io_bound(view.neighbour, row, older)
+        if near:
+            ui.navigate.to(f"/episodes/{near}")
+        else:
+            ui.notify("that is the last one" if older > 0 else "that is the newest one")
+
+    async def key(event: events.KeyEventArguments) -> None:
+        if not event.action.keydown or any(vars(event.modifiers).values()):
+            return
+        label = KEYS.get(event.key.name)
+        if label and not event.action.repeat:
+            await give(label)
+        elif event.key.space and player and not event.action.repeat:
+            player.toggle()
+        elif event.key.arrow_left and player:
+            player.move(-1)
+        elif event.key.arrow_right and player:
+            player.move(1)
+        elif event.key.name in ("n", "o"):
+            await go(-1 if event.key.name == "n" else 1)
+
+    ui.keyboard(key, ignore=["input", "select", "textarea"])
+    ui.timer(0.0, refresh, once=True)
+
+
+class Player:
+    """What each decision saw, and what was sent."""
+
+    def __init__(self, row: EpisodeRow, logged: Episode) -> None:
+        self._episode, self._decisions = row.episode, logged.decisions
+        self._at = 0
+        with ui.row().classes("w-full gap-2"):
+            self._cameras = {
+                camera.name: ui.interactive_image().classes("camera w-40 sm:w-72").tooltip(camera.name)
+                for camera in logged.start.spec.cameras
+            }
+        with ui.row().classes("w-full items-center gap-2"):
+            self._play = ui.button(icon="play_arrow", on_click=self.toggle).props("flat round").tooltip("space")
+            last = len(self._decisions) - 1
+            self._slider = ui.slider(min=0, max=max(last, 1), value=0, on_change=lambda event: self._show(event.value))
+            self._slider.classes("grow min-w-40 w-1")
+            self._what = ui.label().classes("figures text-sm w-64")
+        ui.label(logged.start.instruction).classes("text-sm opacity-80")
+        _actions_chart(logged)
+        hz = logged.start.spec.control_hz
+        steps = np.diff([decision.step for decision in self._decisions] or [0, 1])
+        period_s = float(steps.mean()) / hz if len(steps) else FASTEST_FRAME_S
+        self._timer = ui.timer(max(FASTEST_FRAME_S, period_s), self._next, active=False)
+        self._show(0)
+
+    def toggle(self) -> None:
+        """Play or pause; from the beginning where it has ended."""
+        self._timer.active = not self._timer.active
+        if self._timer.active and self._at == len(self._decisions) - 1:
+            self._slider.value = 0
+        self._play.props(f"icon={'pause' if self._timer.active else 'play_arrow'}")
+
+    def move(self, by: int) -> None:
+        """Some frames on, or back."""
+        self._slider.value = min(max(self._at + by, 0), len(self._decisions) - 1)
+
+    def _next(self) -> None:
+        if self._at >= len(self._decisions) - 1:
+            self.toggle()
+        else:
+            self.move(1)
+
+    def _show(self, at: int) -> None:
+        self._at = min(int(at), len(self._decisions) - 1)
+        decision = self._decisions[self._at]
+        self._what.text = f"step {decision.step}, decision {decision.number}, {decision.version[:12]}"
+        for camera, image in self._cameras.items():
+            image.set_source(f"/frame/{self._episode}/{self._at}/{quote(camera, safe='')}.jpg")
+
+
+def _actions_chart(logged: Episode) -> None:
+    """What was really sent, by step, with the steps that the safety stage changed."""
+    names = logged.start.spec.action.names[:SHOWN_ELEMENTS]
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    changed: dict[str, list[float]] = {}
+    for decision in logged.decisions:
+        for i, action in enumerate(decision.sent):
+            step = decision.step + decision.start + i
+            for name, value in zip(names, action, strict=False):
+                lines[name].append((step, round(float(value), 4)))
+            bits = int(decision.rules[i]) if decision.rules is not None else 0
+            for bit, rule in enumerate(RULES):
+                if bits >> bit & 1:
+                    changed.setdefault(rule, []).append(step)
+    chart = line_chart("actions sent, by step")
+    set_lines(chart, {name: points for name, points in lines.items() if points})
+    if changed:
+        marks: dict[str, Any] = {rule: f"{len(steps)} steps, first at {steps[0]:g}" for rule, steps in changed.items()}
+        ui.label("safety stage: " + "; ".join(f"{rule} {text}" for rule, text in marks.items())).classes("text-sm")

@@ -1,0 +1,146 @@
+"""`/`: every robot with its cameras, what it does, and the operator's word to it."""
+
+from __future__ import annotations
+
+from functools import partial
+from urllib.parse import quote
+
+from nicegui import events, run, ui
+from starlette.requests import Request
+
+from bridge.messages import Command
+from fieldtune.commands.status import recent_results
+from fieldtune.page import actions
+from fieldtune.page.frame import COLOURS, REFRESH_S, act, frame, name_of
+from fieldtune.page.running import Running
+from fieldtune.page.view import RunView
+from runtime.status import Status
+
+CAMERAS_S = 0.5
+KEYS: dict[str, Command] = {"s": "success", "f": "failure", "e": "end", "p": "pause", "r": "resume"}
+
+
+def register(view: RunView) -> None:
+    """Add the page."""
+
+    @ui.page("/")
+    def page(request: Request) -> None:
+        with frame(view, "Robots", name_of(request)):
+            summary = ui.label().classes("figures")
+            alarms = ui.label().classes("text-red font-medium")
+            empty = ui.label("No robot is connected.").classes("opacity-70")
+            grid = ui.element("div").classes("w-full grid grid-cols-1 md:grid-cols-2 gap-4")
+        cards: dict[str, RobotCard] = {}
+
+        async def refresh() -> None:
+            now = await run.io_bound(view.status)
+            robots = now.robots if now else {}
+            summary.text = _summary(now) if now else "The runtime does not answer; demonstrations, fine-tuning and "
+            if now is None:
+                summary.text += "evaluation run without it."
+            alarms.text = _alarms(now) if now else ""
+            empty.visible = not robots and now is not None
+            for gone in [client for client in cards if client not in robots]:
+                cards.pop(gone).delete()
+            for client, state in sorted(robots.items()):
+                if client not in cards:
+                    with grid:
+                        cards[client] = RobotCard(view, client)
+                cards[client].show(state)
+
+        async def look() -> None:
+            running = await run.io_bound(view.running.look)
+            for client, card in cards.items():
+                card.look(running.get(client))
+
+        async def key(event: events.KeyEventArguments) -> None:
+            command = KEYS.get(event.key.name)
+            if not event.action.keydown or event.action.repeat or any(vars(event.modifiers).values()):
+                return
+            if command and len(cards) == 1:
+                await act(partial(actions.order, view, command, next(iter(cards))))
+            elif command:
+                ui.notify("the keys are for one robot; here are several, or none")
+
+        ui.timer(REFRESH_S, refresh)
+        ui.timer(CAMERAS_S, look)
+        ui.keyboard(key, ignore=["input", "select", "textarea"])
+
+
+class RobotCard:
+    """One robot."""
+
+    def __init__(self, view: RunView, client: str) -> None:
+        self._client = client
+        self._cameras: dict[str, ui.interactive_image] = {}
+        self._shown = ("", 0)
+        with ui.card().classes("w-full") as self._card:
+            with ui.row().classes("w-full items-center"):
+                ui.label(client).classes("text-lg font-medium")
+                self._state = ui.badge()
+                self._why = ui.label().classes("text-sm opacity-70")
+            self._images = ui.row().classes("w-full gap-2")
+            self._episode = ui.label().classes("figures text-sm")
+            with ui.row().classes("gap-2"):
+                for text, command, colour in (
+                    ("Success (s)", "success", "green"),
+                    ("Failure (f)", "failure", "red"),
+                    ("End (e)", "end", "grey"),
+                    ("Pause (p)", "pause", "orange"),
+                    ("Resume (r)", "resume", "primary"),
+                ):
+                    order = partial(actions.order, view, command, client)
+                    ui.button(text, color=colour, on_click=partial(act, order)).props("dense no-caps outline").classes(
+                        "px-2"
+                    )
+
+    def delete(self) -> None:
+        """The robot has left."""
+        self._card.delete()
+
+    def show(self, state: str) -> None:
+        """What it says of itself."""
+        name, _, why = state.partition(": ")
+        self._state.text, self._why.text = name, why
+        self._state.props(f"color={COLOURS.get(name, 'grey')}")
+
+    def look(self, running: Running | None) -> None:
+        """What it sees and does now; the last picture stays between two episodes."""
+        if running is None:
+            return
+        start, shown = running.start, (running.start.episode, running.decision)
+        self._episode.text = f"{start.task}, step {running.step}, version {running.version[:12]}"
+        self._episode.tooltip(start.instruction)
+        if shown == self._shown:
+            return
+        self._shown = shown
+        for camera in running.images:
+            if camera not in self._cameras:
+                with self._images:
+                    image = ui.interactive_image().classes("camera w-40 sm:w-56")
+                    image.tooltip(camera)
+                    self._cameras[camera] = image
+            source = f"/camera/{quote(self._client, safe='')}/{quote(camera, safe='')}.jpg"
+            self._cameras[camera].set_source(f"{source}?{shown[0]}-{shown[1]}")
+
+
+def _summary(now: Status) -> str:
+    results = recent_results(now)
+    parts = [f"{now.episodes_per_min:.0f} episodes / min"]
+    if results.episodes:
+        parts.append(f"success {results.success:.2f} of the last {results.episodes} episodes")
+    if results.steps is not None:
+        parts.append(f"{results.steps:.1f} steps to success")
+    if now.latency_ms:
+        parts.append(f"latency p50 {now.latency_ms['p50']:.1f} ms, p99 {now.latency_ms['p99']:.1f} ms")
+    if now.interventions:
+        parts.append("safety stage: " + ", ".join(f"{rule} {steps}" for rule, steps in now.interventions.items()))
+    return "   ·   ".join(parts)
+
+
+def _alarms(now: Status) -> str:
+    parts = [f"log: {now.log['error']}"] if now.log.get("error") else []
+    parts += [f"{now.log['lost']} episodes lost"] if now.log.get("lost") else []
+    for drift in now.staging.get("drifts", []):
+        parts.append(f"drift: {drift['statistic']} {drift['direction']}")
+    return "   ·   ".join(parts)

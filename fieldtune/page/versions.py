@@ -1,0 +1,182 @@
+"""`/versions`: how each version does, what the running canary has shown, and who decides."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from nicegui import run, ui
+from starlette.requests import Request
+
+from fieldtune.page import actions
+from fieldtune.page.frame import REFRESH_S, STAGE_COLOURS, act_if_sure, frame, name_of, when
+from fieldtune.page.view import RunView, VersionLine
+from runtime.status import Status
+
+COLUMNS = [
+    {"name": "version", "label": "version", "field": "version", "align": "left"},
+    {"name": "stage", "label": "stage", "field": "stage", "align": "left"},
+    {"name": "success", "label": "success", "field": "success", "align": "left"},
+    {"name": "steps", "label": "steps", "field": "steps", "align": "left"},
+    {"name": "episodes", "label": "episodes", "field": "episodes", "align": "right"},
+    {"name": "since", "label": "since", "field": "since", "align": "left"},
+    {"name": "who", "label": "by", "field": "who", "align": "left"},
+    {"name": "why", "label": "why", "field": "why", "align": "left"},
+]
+STAGE_CELL = """
+<q-td :props="props"><q-badge :color="props.row.colour" :label="props.row.stage" v-if="props.row.stage" /></q-td>
+"""
+TESTS = {
+    "better": "succeeds more",
+    "not_worse": "succeeds as often, but for the margin",
+    "faster": "needs fewer steps",
+    "worse": "succeeds less",
+}
+
+
+def register(view: RunView) -> None:
+    """Add the page."""
+
+    @ui.page("/versions")
+    def page(request: Request) -> None:
+        name = name_of(request)
+        with frame(view, "Versions", name):
+            canary = CanaryCard(view, name)
+            with ui.card().classes("w-full"):
+                with ui.row().classes("w-full items-center gap-2"):
+                    ui.label("Versions").classes("text-lg font-medium")
+                    ui.label("success and steps as the robots run, exploring, with 95 % intervals").classes(
+                        "text-sm opacity-70"
+                    )
+                    ui.space()
+                    pinned = ui.label().classes("text-sm text-orange")
+                    pin = ui.button("Pin").props("dense no-caps outline")
+                    back = ui.button("Roll back").props("dense no-caps outline color=red")
+                    promote = ui.button("Promote").props("dense no-caps outline color=green")
+                table = ui.table(rows=[], columns=COLUMNS, row_key="id", selection="single", pagination=15)
+                table.classes("w-full figures").props("flat dense")
+                table.add_slot("body-cell-stage", STAGE_CELL)
+                detail = ui.column().classes("w-full gap-1 text-sm font-mono")
+
+        def selected() -> str:
+            return str(table.selected[0]["id"]) if table.selected else ""
+
+        async def ask_promote() -> None:
+            version = selected()
+            what = version[:12] or "the canary"
+            await act_if_sure(f"Make {what} live now?", partial(actions.govern, view, "promote", version, name))
+
+        async def ask_back() -> None:
+            version = selected()
+            what = version[:12] or "the version before the live one"
+            await act_if_sure(f"Go back to {what} now?", partial(actions.rollback, view, version, name))
+
+        async def ask_pin() -> None:
+            if pin.text == "Pin":
+                question = "Keep the live version, whatever the rules say?"
+                await act_if_sure(question, partial(actions.govern, view, "pin", "", name))
+            else:
+                await act_if_sure("Let the rules decide again?", partial(actions.govern, view, "unpin", "", name))
+
+        promote.on_click(ask_promote)
+        back.on_click(ask_back)
+        pin.on_click(ask_pin)
+
+        async def show_detail() -> None:
+            version = selected()
+            detail.clear()
+            stages = await run.io_bound(view.registry.stages, version) if version else []
+            with detail:
+                for change in stages:
+                    ui.label(f"{when(change.unix_s)} {change.stage}: {change.why} ({change.who})")
+                    for key, value in change.evidence.items():
+                        ui.label(f"{key}: {value}").classes("pl-6 opacity-70")
+
+        table.on_select(show_detail)
+
+        async def refresh() -> None:
+            lines = await run.io_bound(view.versions)
+            now = await run.io_bound(view.status)
+            rows = [_row(line) for line in lines]
+            if rows != table.rows:
+                table.rows = rows
+            by = now.staging.get("pinned", "") if now else ""
+            pinned.text = f"pinned by {by}" if by else ""
+            pin.text = "Unpin" if by else "Pin"
+            canary.show(now)
+
+        ui.timer(REFRESH_S, refresh)
+
+
+class CanaryCard:
+    """The canary that runs, and what its sequential test has so far (docs/canary.md)."""
+
+    def __init__(self, view: RunView, name: str) -> None:
+        async def ask_reject() -> None:
+            await act_if_sure("End the canary? Its version will not go live.", reject)
+
+        reject = partial(actions.govern, view, "reject", "", name)
+        with ui.card().classes("w-full") as self._card:
+            with ui.row().classes("w-full items-center"):
+                ui.label("Canary").classes("text-lg font-medium")
+                self._what = ui.label().classes("figures")
+                ui.space()
+                ui.button("Reject", on_click=ask_reject).props("dense no-caps outline color=red")
+            self._figures = ui.label().classes("figures text-sm")
+            self._bars: dict[str, tuple[ui.linear_progress, ui.label]] = {}
+            with ui.element("div").classes("w-full grid grid-cols-1 sm:grid-cols-2 gap-x-6 gap-y-1"):
+                for test, meaning in TESTS.items():
+                    with ui.row().classes("w-full items-center gap-2 no-wrap"):
+                        ui.label(meaning).classes("text-sm w-64")
+                        colour = "red" if test == "worse" else "green"
+                        bar = ui.linear_progress(0, show_value=False, color=colour, size="10px").classes("grow")
+                        self._bars[test] = (bar, ui.label().classes("figures text-sm w-28"))
+        self._card.visible = False
+
+    def show(self, now: Status | None) -> None:
+        """Bring it up to date."""
+        evidence: dict[str, Any] = now.staging.get("evidence", {}) if now else {}
+        self._card.visible = bool(evidence)
+        if not evidence or now is None:
+            return
+        self._what.text = f"{now.staging['candidate'][:12]} beside {now.version[:12]}"
+        sides = [
+            f"{name} {share:.2f} of {evidence[f'{side}_episodes']}"
+            for side, name in (("candidate", "candidate"), ("live", "live"))
+            if (share := evidence[f"{side}_success"]) is not None
+        ]
+        low, high = evidence["success_difference"]
+        steps_low, steps_high = evidence["steps_difference"]
+        self._figures.text = (
+            f"success: {', '.join(sides)}; difference [{low:+.2f}, {high:+.2f}]; "
+            f"steps [{steps_low:+.0f}, {steps_high:+.0f}]"
+        )
+        for test, (bar, text) in self._bars.items():
+            needed = evidence["needed_to_roll_back" if test == "worse" else "needed_to_promote"]
+            # Evidence multiplies from episode to episode, so its logarithm is what fills up.
+            bar.value = min(1.0, max(0.0, math.log(max(evidence[test], 1.0)) / math.log(needed)))
+            text.text = f"{evidence[test]:.3g} of {needed:g}"
+
+
+def _row(line: VersionLine) -> dict[str, Any]:
+    low, high = line.success_interval
+    return {
+        "id": line.version,
+        "version": line.version[:12],
+        "stage": line.stage,
+        "colour": STAGE_COLOURS.get(line.stage, "grey"),
+        "success": f"{line.success:.2f} [{low:.2f}, {high:.2f}]" if line.success is not None else "",
+        "steps": _steps(line),
+        "episodes": line.episodes,
+        "since": when(line.since_unix_s),
+        "who": line.who,
+        "why": line.why,
+    }
+
+
+def _steps(line: VersionLine) -> str:
+    if line.steps is None:
+        return ""
+    interval = line.steps_interval
+    return f"{line.steps:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
