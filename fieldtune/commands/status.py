@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from rich.markup import escape
@@ -60,19 +60,38 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return {}
 
 
+class RecentResults(NamedTuple):
+    """How the last episodes went; None where there is nothing to take a mean over."""
+
+    episodes: int
+    success: float | None
+    steps: float | None
+    """Of the successes."""
+
+
+def recent_results(now: Status) -> RecentResults:
+    """The last `RECENT` episodes that came to an end and were judged."""
+    recent = [episode for episode in now.recent if episode.status not in ("aborted", "unjudged")][-RECENT:]
+    steps = [episode.steps for episode in recent if episode.status == "success"]
+    return RecentResults(
+        episodes=len(recent),
+        success=len(steps) / len(recent) if recent else None,
+        steps=sum(steps) / len(steps) if steps else None,
+    )
+
+
 def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Table:
     """Two columns: what, and how it stands."""
     table = Table(show_header=False, title=title or None, title_justify="left", min_width=64)
     table.add_column("", style="dim")
     table.add_column("")
-    recent = [episode for episode in now.recent if episode.status != "aborted"][-RECENT:]
-    successes = [episode for episode in recent if episode.status == "success"]
+    recent = recent_results(now)
     ended = sum(count for name, count in now.episodes.items() if name not in ("aborted", "lost"))
     table.add_row("version", f"{now.version[:12]}   {now.swaps} swaps, {now.refused_swaps} refused")
-    if recent:
-        table.add_row("success", f"{len(successes) / len(recent):.2f} of the last {len(recent)} episodes, exploring")
-    if successes:
-        table.add_row("steps to success", f"{sum(e.steps for e in successes) / len(successes):.1f}")
+    if recent.success is not None:
+        table.add_row("success", f"{recent.success:.2f} of the last {recent.episodes} episodes, exploring")
+    if recent.steps is not None:
+        table.add_row("steps to success", f"{recent.steps:.1f}")
     aborted = now.episodes.get("aborted", 0)
     table.add_row(
         "episodes", f"{ended} ended, {aborted} aborted, {now.episodes_per_min:.0f} / min, {now.sessions} bridges"
