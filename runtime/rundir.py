@@ -57,6 +57,11 @@ class RunDir:
         """One JSON object a line for each trainer iteration."""
         return self.trainer / "metrics.jsonl"
 
+    @property
+    def curves(self) -> Path:
+        """Event files of TensorBoard, where `trainer.tensorboard` asks for them."""
+        return self.trainer / "tensorboard"
+
     def evaluation(self, version: str, variant: str = "") -> Path:
         """Episode log and result of the evaluation of one version; a `variant` is one under other conditions."""
         return self.path / "eval" / (f"{version}-{variant}" if variant else version)

@@ -65,6 +65,11 @@ class LivePolicy(Arms, Protocol):
         """What a rollback would bring back."""
         ...
 
+    @property
+    def swaps(self) -> int:
+        """Changes of the live version, whoever made them."""
+        ...
+
     def announce(self, path: Path) -> str:
         """Check and flip to a new bundle."""
         ...
@@ -258,7 +263,6 @@ class PolicyServer:
         self._loader.submit(load)
 
     def _swapped(self, identity: bytes, request: int, version: str, before: str) -> None:
-        self._counters.swaps += version != before
         self._router.send(identity, Serving(request=request, version=version, previous=before))
 
     def _swap_refused(self, identity: bytes, request: int, part: str, message: str) -> None:
@@ -288,7 +292,7 @@ class PolicyServer:
             decisions=counters.decisions,
             batches=inference.batches,
             episodes=dict(counters.episodes),
-            swaps=counters.swaps,
+            swaps=self._live.swaps,
             refused_swaps=counters.refused_swaps,
             refused=dict(self._router.refused),
             undeliverable=self._router.undeliverable,

@@ -91,6 +91,11 @@ class Staging:
         """What a rollback would bring back."""
         return self._live.previous
 
+    @property
+    def swaps(self) -> int:
+        """Changes of the live version, by rule or by hand."""
+        return self._live.swaps
+
     def arm_for(self, client: str) -> str:
         """The candidate for its share of the episodes, drawn at random; turns would fall in step with the tasks."""
         trial = self._trial

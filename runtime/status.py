@@ -34,6 +34,7 @@ class Status(Struct, frozen=True, kw_only=True):
     episodes: dict[str, int]
     """Ended episodes by status."""
     swaps: int
+    """Changes of the live version: asked for, or by rule."""
     refused_swaps: int
     refused: dict[str, int]
     """Refused requests by code."""
@@ -77,7 +78,6 @@ class Counters:
 
     started_s: float = field(default_factory=time.monotonic)
     decisions: int = 0
-    swaps: int = 0
     refused_swaps: int = 0
     dropped: int = 0
     interventions: Counter[str] = field(default_factory=Counter)

@@ -35,6 +35,8 @@ class Live:
             )
         self._policy = Policy.load(run.policies / chosen, threads=threads)
         self._previous: Policy | None = None
+        self.swaps = 0
+        """Changes of the live version, whoever made them."""
         self._previous_version = self._registry.previous() or ""
 
     def __call__(self) -> Policy:
@@ -113,6 +115,7 @@ class Live:
         self._registry.set_live(policy.version, why=why)
         self._previous_version = self._registry.previous() or ""
         self._previous, self._policy = self._policy, policy
+        self.swaps += 1
 
     def prune(self, needed: str = "") -> None:
         """Delete old bundles; the roots of a lineage, the live version, the one before it and `needed` always stay.

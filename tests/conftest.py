@@ -122,6 +122,7 @@ class FakeLive:
     policy: Any
     previous: str = ""
     change: Callable[[str], Any] = lambda wanted: None
+    swaps: int = 0
 
     def __call__(self) -> Any:
         """The policy that serves now."""
@@ -156,6 +157,7 @@ class FakeLive:
 
     def _flip(self, wanted: str) -> str:
         policy = self.change(wanted)
+        self.swaps += policy.version != self.policy.version
         self.previous, self.policy = self.policy.version, policy
         return str(policy.version)
 

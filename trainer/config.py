@@ -191,6 +191,8 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Episodes in one PPO batch, for each task on average; which tasks get more is `runtime.balance`."""
     max_staleness_versions: Annotated[int, Meta(ge=0)] = 2
     """Decisions of versions older than this many before the newest are left out of PPO and counted."""
+    tensorboard: bool = False
+    """Curves for TensorBoard in `runs/NAME/trainer/tensorboard`; needs the extra `metrics`."""
     demos: DemosConfig = DemosConfig()
     vla: VLAConfig = VLAConfig()
     sft: SFTConfig = SFTConfig()

@@ -3,7 +3,7 @@
 The trainer never stands in the robot's way. It reads finished episodes from the log while new ones arrive; those that
 come in during an update are learned from in the next one, a version late. An iteration ends in this order:
 
-    bundle on disk -> registry -> metrics line -> checkpoint -> announce
+    bundle on disk -> registry -> metrics line, curves -> checkpoint -> announce
 
 The checkpoint decides. Before it, a crash leaves a bundle that nothing refers to, and the iteration is done again from
 the old cursor; after it, the episodes are taken and the announcement is made up for at the next start. So no episode is
@@ -45,6 +45,7 @@ from trainer.environment import cpu_time
 from trainer.experience import Experience
 from trainer.export import load_weights
 from trainer.ratio import check_ratio
+from trainer.tensorboard import Curves, require_tensorboard
 from trainer.versions import Versions
 from trainer.vla import VLA
 from trainer.weight import Weight, WeightSchedule
@@ -107,6 +108,8 @@ class ContinualTrainer:
         warn: Callable[[str], None],
     ) -> None:
         """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
+        if config.tensorboard:
+            require_tensorboard()
         self._run, self._config = run, config
         self._stop, self._warn = stop, warn
         self._tasks = config.post_trained(spec)
@@ -166,6 +169,7 @@ class ContinualTrainer:
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
+        self._curves = Curves(run, self._state.iteration) if config.tensorboard else None
         self._follow_live()
 
     @property
@@ -329,6 +333,8 @@ class ContinualTrainer:
             "cpu_idle_share": self._cpu_idle_share(),
         }
         metrics.append_line(self._run.metrics, line)
+        if self._curves:
+            self._curves.add(line)
         self.save()
         self._index.hold(self._state.cursor, self._buffer.own_episodes())
         self._follow_live()

@@ -261,6 +261,7 @@ class FixedLive:
 
     policy: Infers
     previous: str = ""
+    swaps: int = 0
 
     def __call__(self) -> Infers:
         """The policy."""

@@ -60,20 +60,24 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return {}
 
 
-class Recent(NamedTuple):
-    """How the last episodes went, without aborted ones."""
+class RecentResults(NamedTuple):
+    """How the last episodes went; None where there is nothing to take a mean over."""
 
     episodes: int
-    success: float
+    success: float | None
     steps: float | None
-    """Mean over successes."""
+    """Of the successes."""
 
 
-def recent_results(now: Status) -> Recent:
-    """Success and steps over the last `RECENT` episodes."""
-    recent = [episode for episode in now.recent if episode.status != "aborted"][-RECENT:]
+def recent_results(now: Status) -> RecentResults:
+    """The last `RECENT` episodes that came to an end and were judged."""
+    recent = [episode for episode in now.recent if episode.status not in ("aborted", "unjudged")][-RECENT:]
     steps = [episode.steps for episode in recent if episode.status == "success"]
-    return Recent(len(recent), len(steps) / max(1, len(recent)), sum(steps) / len(steps) if steps else None)
+    return RecentResults(
+        episodes=len(recent),
+        success=len(steps) / len(recent) if recent else None,
+        steps=sum(steps) / len(steps) if steps else None,
+    )
 
 
 def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Table:
@@ -84,7 +88,7 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
     recent = recent_results(now)
     ended = sum(count for name, count in now.episodes.items() if name not in ("aborted", "lost"))
     table.add_row("version", f"{now.version[:12]}   {now.swaps} swaps, {now.refused_swaps} refused")
-    if recent.episodes:
+    if recent.success is not None:
         table.add_row("success", f"{recent.success:.2f} of the last {recent.episodes} episodes, exploring")
     if recent.steps is not None:
         table.add_row("steps to success", f"{recent.steps:.1f}")

@@ -30,6 +30,7 @@ from runtime.rundir import RunDir
 from runtime.supervisor import Child, ChildFailedError, stop_on_signals
 from trainer.environment import this_environment
 from trainer.statistics import Evaluation
+from trainer.tensorboard import require_tensorboard
 
 RUNTIME_START_S = 60.0
 PLAIN_LINE_EVERY_S = 10.0  # where the output is not a terminal
@@ -47,6 +48,10 @@ class Up:
     """Whether to evaluate before and after training."""
     as_json: bool
     page: PageChild | None = None
+
+    def __post_init__(self) -> None:
+        if self.deployment.trainer.tensorboard:
+            require_tensorboard()  # now, not after hours of demonstrations
 
     @property
     def run(self) -> RunDir:

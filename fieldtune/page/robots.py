@@ -127,7 +127,7 @@ class RobotCard:
 def _summary(now: Status) -> str:
     results = recent_results(now)
     parts = [f"{now.episodes_per_min:.0f} episodes / min"]
-    if results.episodes:
+    if results.success is not None:
         parts.append(f"success {results.success:.2f} of the last {results.episodes} episodes")
     if results.steps is not None:
         parts.append(f"{results.steps:.1f} steps to success")

@@ -256,6 +256,22 @@ def test_a_better_one_is_promoted_with_its_evidence(scene: Scene) -> None:
     assert scene.registry.stages(candidate)[1].evidence["gate"]["refused"] == []
 
 
+def test_the_status_counts_what_the_rules_and_the_operator_make_live(serve: Any, scene: Scene) -> None:
+    serving = serve(live=scene.staging, log=scene.log, horizon_steps=HORIZON_STEPS)
+    tool = serving.client("tool")
+    candidate = scene.announce(0.11)
+    assert serving.status()["swaps"] == 0, "a candidate is not live"
+    scene.run_canary(candidate, always, never)
+    assert (serving.status()["version"], serving.status()["swaps"]) == (candidate, 1)
+    for status in ["success"] * 25 + ["timeout"] * 10:
+        scene.write(candidate, status=status)
+    scene.look()
+    assert (serving.status()["version"], serving.status()["swaps"]) == (scene.first, 2)
+    tool.request(Govern(command="promote", version=candidate, who="Ada"), Serving)
+    tool.request(Govern(command="promote", version=candidate, who="Ada"), Serving)  # it is live already
+    assert (serving.status()["version"], serving.status()["swaps"]) == (candidate, 3)
+
+
 def test_a_worse_one_is_rolled_back(scene: Scene) -> None:
     candidate = scene.announce(0.11)
     scene.run_canary(candidate, never, always)

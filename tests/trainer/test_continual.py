@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ppo_robot import BACKEND, CONFIG, Robot, announce, prepared_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridge.backend import BackendSpec
 from bridge.backends import make_backend
@@ -318,6 +319,26 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     assert line is not None
     assert [entry["iteration"] for entry in lines(run)] == list(range(1, 5 if done else 4))
     assert line["env_steps"] == sum(row.steps for row in EpisodeIndex(run.episodes).after(0))
+
+
+def test_curves_are_those_of_the_metrics_through_a_crash(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = msgspec.structs.replace(SMALL, tensorboard=True)
+    trainer = make_trainer(run, config)
+    iterate(trainer, robot)
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualTrainer, "save", crash)
+        with pytest.raises(CrashError):
+            iterate(trainer, robot)
+    again = make_trainer(run, config)
+    for _ in range(2):
+        iterate(again, robot)
+    reader = EventAccumulator(str(run.curves))
+    reader.Reload()
+    found = [(point.step, point.value) for point in reader.Scalars("data/env_steps")]
+    assert found == [(line["iteration"], line["env_steps"]) for line in lines(run)]
+    assert [step for step, _ in found] == [1, 2, 3]
 
 
 def test_resuming_restores_everything(run: RunDir, robot: Robot) -> None:
