@@ -17,6 +17,7 @@ EXTRAS = {
     "pyarrow": "data",
     "rerun": "viz",
     "nicegui": "dashboard",
+    "starlette": "dashboard",
     "prometheus_client": "metrics",
     "tensorboard": "metrics",
     "gymnasium": "gymnasium",
