@@ -1,7 +1,7 @@
 """Who may see the operator's page: everything that reaches it comes through `Access`.
 
-In this order: without a password only names of this computer are answered (DNS rebinding), what another site's page asks
-for is refused (cross-site request forgery, cross-site WebSocket hijacking), and with a password a session is needed.
+In this order: without a password only names of this computer are answered (DNS rebinding); what another site's page
+asks for is refused (cross-site request forgery, WebSocket hijacking); with a password a session is needed.
 """
 
 from __future__ import annotations

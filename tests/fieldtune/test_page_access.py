@@ -96,7 +96,7 @@ class Page:
             routes=[*routes, Route("/act", act, methods=["POST"]), WebSocketRoute("/_nicegui_ws/", echo)],
             lifespan=lifespan,
         )
-        tls = {"ssl_certfile": config.certificate, "ssl_keyfile": config.key} if self.secure else {}
+        tls: dict[str, Any] = {"ssl_certfile": config.certificate, "ssl_keyfile": config.key} if self.secure else {}
         settings = uvicorn.Config(
             Access(app, config, self.clock),
             host="127.0.0.1",
@@ -216,8 +216,8 @@ def test_names_of_this_computer_are_answered_with_any_port(name: str, open_page:
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "evil.example:8710", "localhost.evil.example", "192.168.1.7", "0.0.0.0", "", "[::]", "[fe80::1]:80",
-     "localhost@evil", "127.0.0.1.nip.io", "localhost:80:evil"],
+    ["evil.example", "evil.example:8710", "localhost.evil.example", "192.168.1.7", "0.0.0.0", "", "[::]",
+     "[fe80::1]:80", "localhost@evil", "127.0.0.1.nip.io", "localhost:80:evil"],
 )  # fmt: skip
 def test_a_name_that_was_rebound_is_refused(host: str, open_page: Page) -> None:
     reply = open_page.ask("/", Host=host)
@@ -290,6 +290,7 @@ def test_with_a_password_any_name_will_do(page: Page) -> None:
     assert page.ask("/", Host="robot.lab", Cookie=cookie).status == 200
     assert page.ask("/act", "POST", Host="robot.lab", Origin="http://robot.lab", Cookie=cookie).status == 200
     assert page.ask("/act", "POST", Host="robot.lab", Origin=page.origin, Cookie=cookie).status == 403
+    assert page.ask("/act", "POST", Host="", Origin="http://", Cookie=cookie).status == 403
 
 
 # --- the login ----------------------------------------------------------------------------------------------------
@@ -444,6 +445,19 @@ def test_prometheus_gives_the_password_itself(page: Page) -> None:
         page.socket(page.origin, Authorization=basic(PASSWORD))
 
 
+def test_the_costly_hash_is_made_once_for_who_comes_every_few_seconds(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    matches = PasswordFile.matches
+    monkeypatch.setattr(PasswordFile, "matches", lambda file, given: bool(made.append(given)) or matches(file, given))
+    page.login()
+    for _ in range(3):
+        assert page.ask("/metrics", Authorization=basic(PASSWORD)).status == 200
+    assert page.ask("/metrics", Authorization=basic("wrong")).status == 401
+    assert made in (["wrong"], [PASSWORD, "wrong"])
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A certificate for loopback, and its key."""
@@ -538,6 +552,11 @@ def test_scrypt_is_that_of_the_rfc() -> None:
     assert PasswordFile(b"SodiumChloride", expected, 14, 8, 1).matches("pleaseletmein")
 
 
+def test_a_password_typed_where_the_locale_is_not_utf_8_is_the_same() -> None:
+    typed = PASSWORD.encode().decode("ascii", "surrogateescape")
+    assert typed != PASSWORD and PasswordFile.make(typed, log2_n=1, p=1).matches(PASSWORD)
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660])
 def test_a_file_that_others_may_read_is_refused(mode: int, tmp_path: Path) -> None:
     path = Path(password_file(tmp_path / "password"))
@@ -610,9 +629,10 @@ def test_a_directory_that_is_not_there_is_named(
 @pytest.mark.parametrize(("second", "code"), [("long enough é", 0), ("long enough e", 2)])
 def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp_path: Path) -> None:
     path = tmp_path / "password"
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-m", "fieldtune", "page", "password", str(path)])
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fieldtune", "page", "password", str(path)]
+    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
     shown = b""
     for prompt, answer in ((b"Password of the page: ", "long enough é"), (b"Once more: ", second)):
         while prompt not in shown:
@@ -622,6 +642,6 @@ def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp
         while more := os.read(terminal, 1024):
             shown += more
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert child.wait(60) == code
     assert b"long enough" not in shown
     assert path.exists() == (code == 0) and (code or PasswordFile.read(path).matches("long enough é"))
