@@ -160,8 +160,12 @@ class Announce(Message, frozen=True, tag="announce"):
 
 
 class Rollback(Message, frozen=True, tag="rollback"):
-    """Ask the runtime to serve an earlier version again; an empty `version` means the one before the live one."""
+    """Ask the runtime to serve an earlier version again; an empty `version` means the one before the live one.
 
+    `who` is kept with the decision.
+    """
+
+    who: str
     version: str = ""
 
 

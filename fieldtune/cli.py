@@ -62,6 +62,7 @@ COMMANDS = {
     "emulate so101": ("fieldtune.commands.emulate:so101", "an SO-101 arm that is not there, on a pseudo-terminal"),
     "backend check": ("fieldtune.commands.backend_check:check", "check that a backend does what fieldtune relies on"),
     "keys": ("fieldtune.commands.keys:keys", "make CURVE keys for clients on other computers"),
+    "page password": ("fieldtune.commands.page_password:page_password", "make the file with the page's password"),
     "doctor": ("fieldtune.commands.doctor:doctor", "check this computer and say how to mend what is missing"),
     "bench": ("fieldtune.commands.bench:bench", "measure serving, rollout, swap and logging"),
 }

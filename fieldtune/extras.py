@@ -18,6 +18,7 @@ EXTRAS = {
     "rerun": "viz",
     "nicegui": "dashboard",
     "PIL": "dashboard",
+    "starlette": "dashboard",
     "prometheus_client": "metrics",
     "tensorboard": "metrics",
     "gymnasium": "gymnasium",

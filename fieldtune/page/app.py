@@ -16,7 +16,7 @@ from bridge.config import ConfigError
 from fieldtune.page import episodes, learning, player, robots, versions
 from fieldtune.page.access import Access
 from fieldtune.page.config import PageConfig
-from fieldtune.page.prometheus import health
+from fieldtune.page.health import health
 from fieldtune.page.view import RunView, jpeg
 from runtime.durable import write_atomic
 from runtime.episode_file import EpisodeError
@@ -52,10 +52,10 @@ def make_app(view: RunView) -> Access:
     async def metrics() -> Response:
         if find_spec("prometheus_client") is None:
             return Response(NO_METRICS, 501, media_type="text/plain")
-        from fieldtune.page.prometheus import exposition
+        from fieldtune.page.prometheus import CONTENT_TYPE, exposition
 
         now, trainer = await run.io_bound(view.status), await run.io_bound(view.trainer)
-        return Response(exposition(now, trainer), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(exposition(now, trainer), headers={"Content-Type": CONTENT_TYPE})
 
     for each in (robots, versions, learning, episodes, player):
         each.register(view)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta, Struct
+
+from bridge.config import ConfigError
+from bridge.endpoint import is_local
+from fieldtune.page.password import PasswordFile
 
 
 class PageConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,3 +28,25 @@ class PageConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """File of a TLS certificate chain, PEM; with `key`. Without them a password crosses the network readable."""
     key: str | None = None
     """File of the certificate's private key, PEM."""
+
+
+def check_page_config(config: PageConfig) -> None:
+    """Raise `ConfigError` for a page that others could see without a password, and for files that are of no use."""
+    if config.password is not None:
+        PasswordFile.read(Path(config.password))
+    elif not is_local(f"tcp://{config.host}:{config.port}"):
+        raise ConfigError(
+            f"$.page.host: {config.host} can be reached from other computers, so the page needs a password; make one "
+            "with `fieldtune page password FILE` and set page.password"
+        )
+    if (config.certificate is None) != (config.key is None):
+        missing = "key" if config.key is None else "certificate"
+        raise ConfigError(f"$.page.{missing}: certificate and key belong together; {missing} is missing")
+    if config.certificate is not None and config.key is not None:
+        for name, path in (("certificate", config.certificate), ("key", config.key)):
+            if not Path(path).is_file():
+                raise ConfigError(f"$.page.{name}: {path} is not there")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.certificate, config.key)
+        except OSError as error:
+            raise ConfigError(f"$.page.certificate: cannot be used with the key ({error})") from error

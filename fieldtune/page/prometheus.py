@@ -1,4 +1,4 @@
-"""`/metrics` for Prometheus and `/healthz`, from the runtime's status and the trainer's last metrics line.
+"""`/metrics` for Prometheus, from the runtime's status and the trainer's last metrics line.
 
 docs/monitoring.md has the table of names. Whatever is not known is left out, so that a gap shows as one.
 """
@@ -49,23 +49,6 @@ def exposition(now: Status | None, trainer: dict[str, Any]) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshot(now, trainer))
     return generate_latest(registry)
-
-
-def health(now: Status | None) -> tuple[int, dict[str, Any]]:
-    """HTTP status and body: 200 while the runtime answers and has logged all it should, else 503 and why.
-
-    A robot that an operator has stopped is as it should be; it is said, and no more.
-    """
-    if now is None:
-        return 503, {"healthy": False, "why": ["the runtime does not answer"]}
-    log = msgspec.convert(now.log, LogStats)
-    why = []
-    if log.lost:
-        why.append(f"{log.lost} episodes lost")
-    if log.error:
-        why.append(f"episode log: {log.error}")
-    body = {"healthy": not why, "why": why, "version": now.version, "stopped": now.stopped}
-    return (503 if why else 200), body
 
 
 class _Snapshot(Collector):
