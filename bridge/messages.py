@@ -34,7 +34,7 @@ Code = Literal[
 
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
-Governing = Literal["promote", "reject", "pin", "unpin"]
+Governing = Literal["promote", "reject", "pin", "unpin", "rollback"]
 RobotState = Literal["idle", "driving", "paused", "holding", "stopped"]
 RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold", "starved")
 """The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
@@ -159,18 +159,9 @@ class Announce(Message, frozen=True, tag="announce"):
     path: str
 
 
-class Rollback(Message, frozen=True, tag="rollback"):
-    """Ask the runtime to serve an earlier version again; an empty `version` means the one before the live one.
-
-    `who` is kept with the decision.
-    """
-
-    who: str
-    version: str = ""
-
-
 class Govern(Message, frozen=True, tag="govern"):
-    """Decide on versions by hand (docs/deploying.md): make one live, end a canary, keep the live version or let it go.
+    """Decide on versions by hand (docs/deploying.md): make one live, end a canary, keep the live version or let it go,
+    go back to an earlier one (the one before, without a `version`).
 
     `version` may be a prefix; `who` is kept with the decision.
     """
@@ -249,7 +240,7 @@ class StatusReply(Message, frozen=True, tag="status"):
 
 
 class Serving(Message, frozen=True, tag="serving"):
-    """Answer to `Announce`, `Rollback` and `Govern`: this version is live now."""
+    """Answer to `Announce` and `Govern`: this version is live now."""
 
     version: str
     previous: str
@@ -263,7 +254,7 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
 
 
-Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Rollback | Govern
+Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Govern
 Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | Orders | Operated | StatusReply | Serving | Refused
 
 _encoder = msgspec.msgpack.Encoder()

@@ -33,7 +33,6 @@ from bridge.messages import (
     NoEpisode,
     Operate,
     Request,
-    Rollback,
     Serving,
     StatusReply,
     Watch,
@@ -72,10 +71,6 @@ class LivePolicy(Arms, Protocol):
 
     def announce(self, path: Path) -> str:
         """Check and flip to a new bundle."""
-        ...
-
-    def rollback(self, version: str) -> str:
-        """Flip back."""
         ...
 
     def govern(self, command: Governing, version: str, who: str) -> str:
@@ -200,8 +195,6 @@ class PolicyServer:
                 )
             case Announce():
                 self._swap(identity, message.request, lambda: self._live.announce(Path(message.path)))
-            case Rollback():
-                self._swap(identity, message.request, lambda: self._live.rollback(message.version))
             case Govern():
                 command, version, who = message.command, message.version, message.who
                 self._swap(identity, message.request, lambda: self._live.govern(command, version, who))

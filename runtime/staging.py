@@ -137,7 +137,7 @@ class Staging:
             self._note()
         return self._live().version
 
-    def rollback(self, version: str = "", *, why: str = "rollback", who: str = "operator") -> str:
+    def rollback(self, version: str = "", *, why: str, who: str) -> str:
         """Make an earlier version live again; a canary that runs ends."""
         with self._changing:
             before = self._live().version
@@ -153,6 +153,8 @@ class Staging:
         """Promote, reject, pin or unpin by hand. Raises `BundleError` where there is nothing to be decided."""
         with self._changing:
             match command:
+                case "rollback":
+                    self.rollback(version, why=f"rolled back by {who}", who=who)
                 case "pin" | "unpin":
                     self._registry.pin(who, pinned=command == "pin")
                     self._pinned_by = self._registry.pinned()

@@ -82,7 +82,9 @@ class Live:
         return policy.version
 
     def govern(self, command: Governing, version: str, who: str) -> str:
-        """Make a version (an id or a prefix) live by hand; the other commands are for staged versions."""
+        """Make a version (an id or a prefix) live by hand, or go back; the other commands are for staged versions."""
+        if command == "rollback":
+            return self.rollback(version, why=f"rolled back by {who}")
         if command != "promote":
             raise BundleError("command", f"{command} is for runtime.deploy.mode: staged; here every version goes live")
         if not version:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from bridge.client import SilentError
-from bridge.messages import Announce, Govern, Governing, Rollback, Serving
+from bridge.messages import Announce, Govern, Governing, Serving
 from fieldtune.commands.common import BundleName, Config, Json, Set, connect, list_table, out, print_json, run_dir
 from fieldtune.deployment import find_bundle, load_deployment
 from fieldtune.install import install
@@ -217,7 +217,7 @@ def rollback(config: Config, version: Version = "", /, *, overrides: Set = (), a
     wanted = Registry(run.registry).get(version).version if version else ""
     try:
         with connect(deployment, "rollback", timeout_s=10.0) as client:
-            reply, _ = client.request(Rollback(version=wanted), Serving)
+            reply, _ = client.request(Govern(command="rollback", version=wanted, who=getpass.getuser()), Serving)
         now, before, where = reply.version, reply.previous, "the running runtime"
     except SilentError:
         live = Live(run, threads=1, keep_versions=deployment.runtime.keep_versions)

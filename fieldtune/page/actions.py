@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bridge.errors import FieldtuneError
-from bridge.messages import Command, Govern, Governing, Operate, Operated, Rollback, Serving
+from bridge.messages import Command, Govern, Governing, Operate, Operated, Serving
 from fieldtune.commands.common import connect
 from fieldtune.commands.operator import stop_robots
 from fieldtune.page.view import RunView
@@ -45,7 +45,7 @@ def govern(view: RunView, command: Governing, version: str, who: str) -> str:
 def rollback(view: RunView, version: str, who: str) -> str:
     """Back to an earlier version; the one before the live one if `version` is empty."""
     with connect(view.deployment, "page", SWAP_TIMEOUT_S) as client:
-        reply, _ = client.request(Rollback(version=version, who=who), Serving)
+        reply, _ = client.request(Govern(command="rollback", version=version, who=who), Serving)
     return f"{reply.version[:12]} is live again; before it was {reply.previous[:12]}"
 
 

@@ -35,7 +35,6 @@ from bridge.messages import (
     Refused,
     Reply,
     Request,
-    Rollback,
     Serving,
     StatusReply,
     TensorInfo,
@@ -72,7 +71,7 @@ REQUESTS: list[Request] = [
     GetStatus(request=7),
     Announce(request=8, path="/some/where"),
     Govern(request=9, command="promote", who="me", version="3fa9"),
-    Rollback(request=9, version="abcd"),
+    Govern(command="rollback", who="test", request=9, version="abcd"),
     Watch(request=10, bridge="b", client="c", session="", state="holding", why="silent"),
     Operate(request=11, command="stop", why="a hand"),
 ]

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bridge.backend import Backend
 from bridge.client import RefusedError
-from bridge.messages import Infer, Operate, Rollback, Watch
+from bridge.messages import Govern, Infer, Operate, Watch
 from fieldtune.page.health import health
 from fieldtune.page.prometheus import TRAINER, exposition
 from runtime.canary import Canary
@@ -80,7 +80,7 @@ def status(serve: Any, point: Backend) -> Status:
     client = serving.client("watch")
     client.ask(Watch(bridge="b", client="arm", session=robot.welcome.session, state="holding", why="no chunk"))
     serving.live.change = lambda wanted: 1 / 0
-    for bad in (Infer(session="nobody", episode="x", step=0), Rollback(version="b")):
+    for bad in (Infer(session="nobody", episode="x", step=0), Govern(command="rollback", who="test", version="b")):
         with pytest.raises(RefusedError):
             client.ask(bad)
     return msgspec.convert(serving.status(), Status)

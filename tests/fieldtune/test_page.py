@@ -237,9 +237,9 @@ def test_learning_is_drawn(scene: Scene, page: Any) -> None:
 
 
 def test_health_and_metrics(scene: Scene) -> None:
-    with urllib.request.urlopen(f"{scene.url}/healthz", timeout=10) as answer:  # noqa: S310
+    with urllib.request.urlopen(f"{scene.url}/healthz", timeout=10) as answer:
         assert answer.status == 200
-    with urllib.request.urlopen(f"{scene.url}/metrics", timeout=10) as answer:  # noqa: S310
+    with urllib.request.urlopen(f"{scene.url}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     assert "fieldtune_up 1" in text
 
@@ -249,5 +249,5 @@ def test_what_is_not_there_is_said(scene: Scene, page: Any) -> None:
     page.get_by_text("There is no episode none").wait_for()
     for path in ("/camera/nobody/top.jpg", "/frame/none/0/top.jpg"):
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(scene.url + path, timeout=10)  # noqa: S310
+            urllib.request.urlopen(scene.url + path, timeout=10)
         assert caught.value.code == 404

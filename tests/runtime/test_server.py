@@ -26,13 +26,13 @@ from bridge.messages import (
     EndEpisode,
     EpisodeStored,
     GetStatus,
+    Govern,
     Hello,
     Infer,
     Message,
     NextEpisode,
     Operate,
     Played,
-    Rollback,
     Serving,
     StatusReply,
     Watch,
@@ -131,7 +131,7 @@ def test_swaps_are_answered_when_the_new_version_is_live(serve: Any, point: Back
     after, tensors = robot.infer(robot.observation(point.spec))
     assert after.version == "b" * 64
     np.testing.assert_array_equal(tensors["actions"], np.full((4, 2), 5.0, np.float32))
-    tool.request(Rollback(version="c" * 64), Serving)
+    tool.request(Govern(command="rollback", who="test", version="c" * 64), Serving)
     status = serving.status()
     assert (status["version"], status["previous"], status["swaps"]) == ("c" * 64, "b" * 64, 2)
 
@@ -287,7 +287,7 @@ HEADERS: list[Message] = [
     EndEpisode(request=5, session="s", episode="e", status="timeout", steps=1, played=(Played(1, 0, 1),)),
     GetStatus(request=6),
     Announce(request=7, path="\0"),
-    Rollback(request=8, version="\0"),
+    Govern(command="rollback", who="test", request=8, version="\0"),
     Watch(request=9, bridge="b", client="c", session="s", state="stopped", why="x"),
     Operate(request=10, command="pause", robot="nobody"),
 ]

@@ -357,7 +357,7 @@ def test_a_live_version_that_changes_while_a_candidate_is_judged_is_not_its_meas
     scene.staging.govern("promote", "", "Ada")
 
     def rolled_back(*_: Any) -> Any:
-        scene.staging.rollback()
+        scene.staging.govern("rollback", "", "Ada")
         return []
 
     monkeypatch.setattr("runtime.staging.gate_episodes", rolled_back)
@@ -411,11 +411,11 @@ def test_there_must_be_something_to_be_decided(scene: Scene) -> None:
 
 def test_a_rollback_by_hand_ends_the_canary(scene: Scene) -> None:
     with pytest.raises(BundleError, match="no version before"):
-        scene.staging.rollback()
+        scene.staging.govern("rollback", "", "Ada")
     live = scene.announce(0.11)
     scene.staging.govern("promote", "", "Ada")
     candidate = scene.announce(0.12)
-    assert scene.staging.rollback() == scene.first
+    assert scene.staging.govern("rollback", "", "Ada") == scene.first
     assert scene.why(candidate) == ("the live version was rolled back", "operator")
     assert scene.stages(live)[-1] == "rejected" and scene.stages(scene.first) == ["live", "retired", "live"]
 

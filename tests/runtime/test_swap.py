@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from bridge.backend import Backend
 from bridge.client import RefusedError
-from bridge.messages import Announce, Assignment, Rollback, Serving
+from bridge.messages import Announce, Assignment, Govern, Serving
 from runtime.bundle import BundleError, PolicySpec
 from runtime.registry import Registry, RegistryError
 from runtime.rundir import RunDir
@@ -254,11 +254,15 @@ def test_a_rollback_over_the_wire(
     tool = serving.client()
     tool.request(Announce(path=str(run.policies / second)), Serving)
     assert serving.status()["previous"] == started
-    answer, _ = tool.request(Rollback(), Serving)
+    answer, _ = tool.request(Govern(command="rollback", who="test"), Serving)
     assert (answer.version, answer.previous) == (started, second)
-    answer, _ = tool.request(Rollback(version=second[:6]), Serving)
+    answer, _ = tool.request(Govern(command="rollback", who="test", version=second[:6]), Serving)
     assert answer.version == second
-    for request in (Rollback(version="none such"), Announce(path="/no/such/place"), Announce(path="\0")):
+    for request in (
+        Govern(command="rollback", who="test", version="none such"),
+        Announce(path="/no/such/place"),
+        Announce(path="\0"),
+    ):
         with pytest.raises(RefusedError) as caught:
             tool.request(request, Serving)
         assert caught.value.refused.code == "bundle"
