@@ -44,9 +44,10 @@ class Up:
     config: str
     overrides: tuple[str, ...]
     stop: threading.Event
-    evaluation: bool
+    quiet: bool
+    """One JSON object is printed at the end, and nothing else on stdout."""
+    evaluation: bool = True
     """Whether to evaluate before and after training."""
-    as_json: bool
     page: PageChild | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ def up(
         evaluation: evaluate before and after training
     """
     deployment = load_deployment(config, overrides)
-    this = Up(deployment, config, overrides, stop_on_signals(), evaluation, as_json)
+    this = Up(deployment, config, overrides, stop_on_signals(), as_json, evaluation)
     if fresh and this.run.path.exists():
         aside = this.run.path.with_name(f"{deployment.name}.old-{int(time.time())}")
         shutil.move(this.run.path, aside)
@@ -131,7 +132,7 @@ def run_to_the_end(this: Up) -> int:
         this.say(f"done: version {last[:12]} is live; evaluation was not asked for")
         return 0
     page, report = make_report(deployment, before, after)
-    if this.as_json:
+    if this.quiet:
         print_json(report)
         return 0
     out.print(evaluation_table([("before", before), ("after", after)]))
@@ -209,7 +210,7 @@ def require_started_from(registry: Registry, policy: str | None) -> None:
 def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None:
     """Evaluate, with the bar that says which of the two it is."""
     return evaluate_version(
-        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.as_json, title=title
+        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.quiet, title=title
     )
 
 

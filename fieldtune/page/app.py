@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from nicegui import run, ui
+from nicegui import ui
 
 from bridge.config import ConfigError
 from fieldtune.page import episodes, learning, player, robots, versions
@@ -45,7 +46,7 @@ def make_app(view: RunView) -> Access:
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        code, body = health(await run.io_bound(view.status))
+        code, body = health(await asyncio.to_thread(view.status))
         return JSONResponse(body, code)
 
     @app.get("/metrics")
@@ -54,7 +55,7 @@ def make_app(view: RunView) -> Access:
             return Response(NO_METRICS, 501, media_type="text/plain")
         from fieldtune.page.prometheus import CONTENT_TYPE, exposition
 
-        now, trainer = await run.io_bound(view.status), await run.io_bound(view.trainer)
+        now, trainer = await asyncio.to_thread(view.status), await asyncio.to_thread(view.trainer)
         return Response(exposition(now, trainer), headers={"Content-Type": CONTENT_TYPE})
 
     for each in (robots, versions, learning, episodes, player):
@@ -66,11 +67,11 @@ def make_app(view: RunView) -> Access:
 async def _picture(find: Callable[[], Any], *, live: bool) -> Response:
     """A picture as JPEG. What was logged never changes, what is live is gone at once."""
     try:
-        image = await run.io_bound(find)
+        image = await asyncio.to_thread(find)
     except (KeyError, IndexError, EpisodeError):
         return Response("no such picture\n", 404, media_type="text/plain")
     headers = {"Cache-Control": "no-store" if live else "private, max-age=3600"}
-    return Response(await run.io_bound(jpeg, image), media_type="image/jpeg", headers=headers)
+    return Response(await asyncio.to_thread(jpeg, image), media_type="image/jpeg", headers=headers)
 
 
 def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
@@ -102,8 +103,6 @@ def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: C
 
 
 def _run(server: uvicorn.Server, listener: socket.socket, stopped: Callable[[], bool]) -> None:
-    import asyncio
-
     async def until_stopped() -> None:
         serving = asyncio.create_task(server._serve([listener]))
         while not stopped() and not serving.done():

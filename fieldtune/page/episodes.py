@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 from starlette.requests import Request
 
 from fieldtune.page.frame import REFRESH_S, frame, name_of, when
@@ -52,7 +53,7 @@ def register(view: RunView) -> None:
             return rows, view.index.count(), view.index.count(status="unjudged")
 
         async def refresh() -> None:
-            found, total, unjudged = await run.io_bound(find)
+            found, total, unjudged = await asyncio.to_thread(find)
             rows = [_row(row) for row in found]
             if rows != table.rows:
                 table.rows = rows

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nicegui import run, ui
+from nicegui import ui
 from starlette.requests import Request
 
 from bridge.errors import FieldtuneError
@@ -55,7 +56,7 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
         yield
 
     async def refresh() -> None:
-        now = await run.io_bound(view.status)
+        now = await asyncio.to_thread(view.status)
         version.text = now.version[:12] if now else ""
         reset.visible = bool(now and now.stopped)
         if now is None:
@@ -71,7 +72,7 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
 async def act(what: Callable[[], str]) -> None:
     """Carry out an action away from the page's own thread, and say how it went."""
     try:
-        done = await run.io_bound(what)
+        done = await asyncio.to_thread(what)
     except FieldtuneError as error:
         ui.notify(str(error), type="negative", timeout=10_000, multi_line=True, close_button=True)
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 from starlette.requests import Request
 
 from fieldtune.page.frame import frame, line_chart, name_of, set_lines
@@ -66,8 +67,8 @@ def register(view: RunView) -> None:
             )
 
         async def refresh() -> None:
-            curves = await run.io_bound(view.curves)
-            now = await run.io_bound(view.status)
+            curves = await asyncio.to_thread(view.curves)
+            now = await asyncio.to_thread(view.status)
             told.text = _told(curves)
             if now and now.latency_ms:
                 ms = now.latency_ms

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from nicegui import events, run, ui
+from nicegui import events, ui
 from starlette.requests import Request
 
 from bridge.messages import RULES
@@ -30,13 +31,13 @@ def register(view: RunView) -> None:
     @ui.page("/episodes/{episode}")
     async def page(request: Request, episode: str) -> None:
         name = name_of(request)
-        row = await run.io_bound(view.episode_row, episode)
+        row = await asyncio.to_thread(view.episode_row, episode)
         with frame(view, "Episodes", name):
             if row is None:
                 ui.label(f"There is no episode {episode} in {view.run.episodes}.")
                 return
             try:
-                logged = await run.io_bound(view.episode, episode)
+                logged = await asyncio.to_thread(view.episode, episode)
             except EpisodeError as error:
                 logged = None
                 ui.label(str(error)).classes("text-red")
@@ -56,15 +57,15 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
         f"version {', '.join(version[:12] for version in row.versions)}, seed {row.seed}"
     ).classes("text-sm figures opacity-80")
     with ui.row().classes("gap-2"):
-        for key, value in KEYS.items():
+        for shortcut, value in KEYS.items():
             colour = {"success": "green", "failure": "red", "discard": "grey"}[value]
-            ui.button(f"{value.capitalize()} ({key})", color=colour, on_click=lambda v=value: give(v)).props(
+            ui.button(f"{value} ({shortcut})", color=colour, on_click=lambda v=value: give(v)).props(
                 "dense no-caps outline"
             ).classes("px-2")
     player = Player(row, logged) if logged and logged.decisions else None
 
     async def refresh() -> None:
-        now = await run.io_bound(view.episode_row, row.episode)
+        now = await asyncio.to_thread(view.episode_row, row.episode)
         if now:
             status.text = now.status
             status.props(f"color={STATUS_COLOURS[now.status]}")
@@ -75,7 +76,7 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
         await refresh()
 
     async def go(older: int) -> None:
-        near = await run.io_bound(view.neighbour, row, older)
+        near = await asyncio.to_thread(view.neighbour, row, older)
         if near:
             ui.navigate.to(f"/episodes/{near}")
         else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from urllib.parse import quote
 
-from nicegui import events, run, ui
+from nicegui import events, ui
 from starlette.requests import Request
 
 from bridge.messages import Command
@@ -18,6 +19,13 @@ from runtime.status import Status
 
 CAMERAS_S = 0.5
 KEYS: dict[str, Command] = {"s": "success", "f": "failure", "e": "end", "p": "pause", "r": "resume"}
+BUTTONS: dict[Command, str] = {
+    "success": "green",
+    "failure": "red",
+    "end": "grey",
+    "pause": "orange",
+    "resume": "primary",
+}
 
 
 def register(view: RunView) -> None:
@@ -33,7 +41,7 @@ def register(view: RunView) -> None:
         cards: dict[str, RobotCard] = {}
 
         async def refresh() -> None:
-            now = await run.io_bound(view.status)
+            now = await asyncio.to_thread(view.status)
             robots = now.robots if now else {}
             summary.text = _summary(now) if now else "The runtime does not answer; demonstrations, fine-tuning and "
             if now is None:
@@ -49,7 +57,7 @@ def register(view: RunView) -> None:
                 cards[client].show(state)
 
         async def look() -> None:
-            running = await run.io_bound(view.running.look)
+            running = await asyncio.to_thread(view.running.look)
             for client, card in cards.items():
                 card.look(running.get(client))
 
@@ -82,17 +90,10 @@ class RobotCard:
             self._images = ui.row().classes("w-full gap-2")
             self._episode = ui.label().classes("figures text-sm")
             with ui.row().classes("gap-2"):
-                for text, command, colour in (
-                    ("Success (s)", "success", "green"),
-                    ("Failure (f)", "failure", "red"),
-                    ("End (e)", "end", "grey"),
-                    ("Pause (p)", "pause", "orange"),
-                    ("Resume (r)", "resume", "primary"),
-                ):
+                for key, command in KEYS.items():
                     order = partial(actions.order, view, command, client)
-                    ui.button(text, color=colour, on_click=partial(act, order)).props("dense no-caps outline").classes(
-                        "px-2"
-                    )
+                    button = ui.button(f"{command} ({key})", color=BUTTONS[command], on_click=partial(act, order))
+                    button.props("dense no-caps outline").classes("px-2")
 
     def delete(self) -> None:
         """The robot has left."""

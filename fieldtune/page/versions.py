@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from functools import partial
 from typing import Any
 
-from nicegui import run, ui
+from nicegui import ui
 from starlette.requests import Request
 
 from fieldtune.page import actions
@@ -86,7 +87,7 @@ def register(view: RunView) -> None:
         async def show_detail() -> None:
             version = selected()
             detail.clear()
-            stages = await run.io_bound(view.registry.stages, version) if version else []
+            stages = await asyncio.to_thread(view.registry.stages, version) if version else []
             with detail:
                 for change in stages:
                     ui.label(f"{when(change.unix_s)} {change.stage}: {change.why} ({change.who})")
@@ -96,8 +97,8 @@ def register(view: RunView) -> None:
         table.on_select(show_detail)
 
         async def refresh() -> None:
-            lines = await run.io_bound(view.versions)
-            now = await run.io_bound(view.status)
+            lines = await asyncio.to_thread(view.versions)
+            now = await asyncio.to_thread(view.status)
             rows = [_row(line) for line in lines]
             if rows != table.rows:
                 table.rows = rows

@@ -1,4 +1,4 @@
-"""The operator's page in a browser, against a running loop: a robot that cannot judge itself, its runtime and trainer."""
+"""The operator's page in a browser, against a running loop: a robot that cannot judge itself, runtime and trainer."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_labels_given_on_the_page_are_in_the_log_and_are_what_the_trainer_takes(
     page.get_by_text("wait for a label").wait_for()
     page.goto(f"{scene.url}/episodes/{rows[0].episode}")
     page.get_by_text("unjudged").wait_for()
-    page.get_by_role("button", name="Success (s)").click()
+    page.get_by_role("button", name="success (s)").click()
     page.get_by_text("labelled by").wait_for()
     given = {rows[0].episode: "success"}
     for row, key, status in ((rows[1], "s", "success"), (rows[2], "f", "failure"), (rows[3], "d", "aborted")):
@@ -201,9 +201,9 @@ def test_the_robot_is_seen_and_obeys(scene: Scene, page: Any) -> None:
     page.keyboard.press("p")
     page.get_by_text("paused", exact=True).wait_for()
     assert scene.robot().startswith("paused")
-    page.get_by_role("button", name="Resume (r)").click()
+    page.get_by_role("button", name="resume (r)").click()
     page.get_by_text("driving", exact=True).wait_for()
-    page.get_by_role("button", name="Success (s)").click()
+    page.get_by_role("button", name="success (s)").click()
     scene.until(lambda: scene.index.count(status="success"), "episode that somebody ended as a success")
     page.get_by_role("button", name="Stop all").click()
     page.get_by_text("STOPPED: by").wait_for()
@@ -220,7 +220,7 @@ def test_a_version_is_pinned_and_rolled_back_by_who_confirms_it(scene: Scene, pa
     page.goto(f"{scene.url}/versions")
     live = scene.registry.live()
     assert live is not None
-    page.get_by_text(live[:12]).first.wait_for()
+    page.get_by_role("cell", name=live[:12]).wait_for()
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="No").click()
     assert scene.registry.live() == live
