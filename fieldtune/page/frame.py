@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nicegui import ui
+from nicegui import events, ui
 from starlette.requests import Request
 
 from bridge.errors import FieldtuneError
@@ -67,6 +67,14 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
             state.text = f"{len(now.robots)} robots, {now.episodes_per_min:.0f} episodes / min"
 
     ui.timer(REFRESH_S, refresh)
+
+
+def pressed(event: events.KeyEventArguments) -> str:
+    """The name of a key as it goes down by itself, without Ctrl, Alt and the like; else empty."""
+    modifiers = event.modifiers
+    if not event.action.keydown or modifiers.alt or modifiers.ctrl or modifiers.meta or modifiers.shift:
+        return ""
+    return event.key.name if not event.action.repeat or event.key.is_cursorkey else ""
 
 
 async def act(what: Callable[[], str]) -> None:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from bridge.messages import RULES
 from fieldtune.page import actions
 from fieldtune.page.episodes import STATUS_COLOURS
-from fieldtune.page.frame import act, frame, line_chart, name_of, set_lines, when
+from fieldtune.page.frame import act, frame, line_chart, name_of, pressed, set_lines, when
 from fieldtune.page.view import RunView
 from runtime.episode import Episode, Label
 from runtime.episode_file import EpisodeError
@@ -50,8 +50,8 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
         status = ui.badge()
         said = ui.label().classes("text-sm opacity-80")
         ui.space()
-        ui.button("Newer", on_click=lambda: go(-1)).props("flat dense no-caps")
-        ui.button("Older", on_click=lambda: go(1)).props("flat dense no-caps")
+        ui.button("Newer (n)", on_click=lambda: go(-1)).props("flat dense no-caps")
+        ui.button("Older (o)", on_click=lambda: go(1)).props("flat dense no-caps")
     ui.label(
         f"{row.episode}, {when(row.ended_unix_s)}, {row.client}, {row.steps} steps, {row.decisions} decisions, "
         f"version {', '.join(version[:12] for version in row.versions)}, seed {row.seed}"
@@ -83,19 +83,15 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
             ui.notify("that is the last one" if older > 0 else "that is the newest one")
 
     async def key(event: events.KeyEventArguments) -> None:
-        if not event.action.keydown or any(vars(event.modifiers).values()):
-            return
-        label = KEYS.get(event.key.name)
-        if label and not event.action.repeat:
-            await give(label)
-        elif event.key.space and player and not event.action.repeat:
+        typed = pressed(event)
+        if typed in KEYS:
+            await give(KEYS[typed])
+        elif typed in ("n", "o"):
+            await go(-1 if typed == "n" else 1)
+        elif player and typed == " ":
             player.toggle()
-        elif event.key.arrow_left and player:
-            player.move(-1)
-        elif event.key.arrow_right and player:
-            player.move(1)
-        elif event.key.name in ("n", "o"):
-            await go(-1 if event.key.name == "n" else 1)
+        elif player and typed in ("ArrowLeft", "ArrowRight"):
+            player.move(-1 if typed == "ArrowLeft" else 1)
 
     ui.keyboard(key, ignore=["input", "select", "textarea"])
     ui.timer(0.0, refresh, once=True)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from bridge.messages import Command
 from fieldtune.commands.status import recent_results
 from fieldtune.page import actions
-from fieldtune.page.frame import COLOURS, REFRESH_S, act, frame, name_of
+from fieldtune.page.frame import COLOURS, REFRESH_S, act, frame, name_of, pressed
 from fieldtune.page.running import Running
 from fieldtune.page.view import RunView
 from runtime.status import Status
@@ -62,9 +62,7 @@ def register(view: RunView) -> None:
                 card.look(running.get(client))
 
         async def key(event: events.KeyEventArguments) -> None:
-            command = KEYS.get(event.key.name)
-            if not event.action.keydown or event.action.repeat or any(vars(event.modifiers).values()):
-                return
+            command = KEYS.get(pressed(event))
             if command and len(cards) == 1:
                 await act(partial(actions.order, view, command, next(iter(cards))))
             elif command:

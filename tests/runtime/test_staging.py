@@ -416,7 +416,7 @@ def test_a_rollback_by_hand_ends_the_canary(scene: Scene) -> None:
     scene.staging.govern("promote", "", "Ada")
     candidate = scene.announce(0.12)
     assert scene.staging.govern("rollback", "", "Ada") == scene.first
-    assert scene.why(candidate) == ("the live version was rolled back", "operator")
+    assert scene.why(candidate) == ("the live version was rolled back", "Ada")
     assert scene.stages(live)[-1] == "rejected" and scene.stages(scene.first) == ["live", "retired", "live"]
 
 
