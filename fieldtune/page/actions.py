@@ -42,13 +42,6 @@ def govern(view: RunView, command: Governing, version: str, who: str) -> str:
     return f"{command}: {reply.version[:12]} is live"
 
 
-def rollback(view: RunView, version: str, who: str) -> str:
-    """Back to an earlier version; the one before the live one if `version` is empty."""
-    with connect(view.deployment, "page", SWAP_TIMEOUT_S) as client:
-        reply, _ = client.request(Govern(command="rollback", version=version, who=who), Serving)
-    return f"{reply.version[:12]} is live again; before it was {reply.previous[:12]}"
-
-
 def label(view: RunView, episode: str, value: Label, who: str) -> str:
     """Say how an episode went. Raises `DatabaseError` if there is no such episode."""
     row = view.index.label(episode, value, who)

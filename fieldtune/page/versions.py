@@ -71,7 +71,7 @@ def register(view: RunView) -> None:
         async def ask_back() -> None:
             version = selected()
             what = version[:12] or "the version before the live one"
-            await act_if_sure(f"Go back to {what} now?", partial(actions.rollback, view, version, name))
+            await act_if_sure(f"Go back to {what} now?", partial(actions.govern, view, "rollback", version, name))
 
         async def ask_pin() -> None:
             if pin.text == "Pin":
