@@ -25,6 +25,7 @@ _SCHEMA = (
         started_unix_s REAL NOT NULL, ended_unix_s REAL NOT NULL, reason TEXT NOT NULL, bytes INTEGER NOT NULL,
         deleted INTEGER NOT NULL DEFAULT 0)""",
     "CREATE INDEX IF NOT EXISTS on_disk ON episodes (seq) WHERE deleted = 0",
+    "CREATE INDEX IF NOT EXISTS unjudged ON episodes (episode) WHERE status = 'unjudged'",
     "CREATE TABLE IF NOT EXISTS taken (one INTEGER PRIMARY KEY CHECK (one = 1), through_seq INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS held (episode TEXT PRIMARY KEY)",
     """CREATE TABLE IF NOT EXISTS labels (
@@ -147,6 +148,13 @@ class EpisodeIndex:
     def count(self, *, task: str | None = None, status: End | None = None, version: str | None = None) -> int:
         """How many rows fit; see `list`."""
         found = self._database.rows(f"SELECT COUNT(*) FROM rated{_FILTER}", (task, status, version))  # noqa: S608
+        return int(found[0][0]) if found else 0
+
+    def waiting(self) -> int:
+        """How many episodes wait for somebody to say how they went."""
+        found = self._database.rows(
+            "SELECT COUNT(*) FROM episodes WHERE status = 'unjudged' AND episode NOT IN (SELECT episode FROM labels)"
+        )
         return int(found[0][0]) if found else 0
 
     def recent_successes(self, task: str, limit: int) -> builtins.list[bool]:

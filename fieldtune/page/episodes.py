@@ -47,17 +47,16 @@ def register(view: RunView) -> None:
             table.on("row-click", lambda event: ui.navigate.to(f"/episodes/{event.args[1]['id']}"))
             ui.label("Open one to see it and to say how it went.").classes("text-sm opacity-70")
 
-        def find() -> tuple[list[EpisodeRow], int, int]:
+        def find() -> list[EpisodeRow]:
             chosen = wanted.value if wanted.value != "all" else None
-            rows = view.index.list(limit=LAST, status=chosen, task=task.value or None, version=version.value or None)
-            return rows, view.index.count(), view.index.count(status="unjudged")
+            return view.index.list(limit=LAST, status=chosen, task=task.value or None, version=version.value or None)
 
         async def refresh() -> None:
-            found, total, unjudged = await asyncio.to_thread(find)
+            found = await asyncio.to_thread(find)
             rows = [_row(row) for row in found]
             if rows != table.rows:
                 table.rows = rows
-            count.text = f"{total} in the log" + (f", {unjudged} wait for a label" if unjudged else "")
+            count.text = f"the last {len(found)} of them" if len(found) == LAST else f"{len(found)} episodes"
 
         ui.timer(2 * REFRESH_S, refresh)
         for control in (wanted, task, version):

@@ -50,6 +50,7 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
                 ui.link(text, path).classes(
                     "px-3 py-1 rounded text-white no-underline " + ("bg-white/20" if text == title else "")
                 )
+            waiting = ui.link("", "/episodes?status=unjudged").classes("py-1 text-orange-300 no-underline")
             ui.space()
             state = ui.label().classes("text-sm self-center")
     with ui.column().classes("w-full max-w-6xl mx-auto p-2 sm:p-4 gap-4"):
@@ -57,6 +58,8 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
 
     async def refresh() -> None:
         now = await asyncio.to_thread(view.status)
+        unjudged = await asyncio.to_thread(view.waiting)
+        waiting.text = f"{unjudged} to judge" if unjudged else ""
         version.text = now.version[:12] if now else ""
         reset.visible = bool(now and now.stopped)
         if now is None:

@@ -53,6 +53,7 @@ def register(view: RunView) -> None:
                     ui.space()
                     pinned = ui.label().classes("text-sm text-orange")
                     pin = ui.button("Pin").props("dense no-caps outline")
+                    pin.visible = view.deployment.runtime.deploy.mode == "staged"
                     back = ui.button("Roll back").props("dense no-caps outline color=red")
                     promote = ui.button("Promote").props("dense no-caps outline color=green")
                 table = ui.table(rows=[], columns=COLUMNS, row_key="id", selection="single", pagination=15)

@@ -81,6 +81,7 @@ class RunView:
         self.run = run_dir(deployment)
         self.index = EpisodeIndex(self.run.episodes)
         self.registry = Registry(self.run.registry)
+        self.waiting = Shared(self.index.waiting)
         self.running = OpenEpisodes(self.run.episodes)
         self.status = Shared(self._status)
         self.trainer = Shared(lambda: last_metrics(self.run.metrics))

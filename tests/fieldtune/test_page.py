@@ -159,7 +159,7 @@ def test_labels_given_on_the_page_are_in_the_log_and_are_what_the_trainer_takes(
     assert {row.status for row in rows} == {"unjudged"}
     assert scene.metrics() == [], "nothing is learned from what nobody has judged"
     page.goto(f"{scene.url}/episodes?status=unjudged")
-    page.get_by_text("wait for a label").wait_for()
+    page.get_by_text("to judge").wait_for()
     page.goto(f"{scene.url}/episodes/{rows[0].episode}")
     page.get_by_text("unjudged").wait_for()
     page.get_by_role("button", name="success (s)").click()
@@ -224,9 +224,9 @@ def test_versions_are_rolled_back_by_who_confirms_it(scene: Scene, page: Any) ->
 
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="No").click()
-    page.get_by_role("button", name="Pin").click()
+    page.get_by_role("button", name="Promote").click()
     page.get_by_role("button", name="Yes").click()
-    page.get_by_text("pin is for runtime.deploy.mode: staged").wait_for()
+    page.get_by_text("say which version").wait_for()
     assert rolled_back() == []
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="Yes").click()

@@ -65,6 +65,30 @@ def test_filters(tmp_path: Path) -> None:
     assert index.count() == 3 and index.count(status="success", version="aaaa") == 1
 
 
+def test_tallies_sum_up_the_last_episodes_of_one_version_as_they_count(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    assert index.tallies(10) == []
+    one = {"versions": ("one",)}
+    index.add([make_row("old", **one), make_row("a", steps=3, **one), make_row("b", steps=5, **one), make_row("mixed")])
+    index.add([make_row("c", status="timeout", steps=9, **one), make_row("d", status="unjudged", **one)])
+    index.label("b", "failure", "Ada")
+    index.label("d", "success", "Ada")
+    found = {tally.status: (tally.episodes, tally.steps, tally.steps_squared) for tally in index.tallies(5)}
+    assert found == {"success": (2, 3 + 8, 9 + 64), "failure": (1, 5, 25), "timeout": (1, 9, 81)}
+    assert {tally.version for tally in index.tallies(5)} == {"one"}
+
+
+def test_neighbours_and_what_waits_to_be_judged(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    assert (index.waiting(), index.next_to(1, 1)) == (0, None)
+    index.add([make_row("a", status="unjudged"), make_row("b", status="unjudged"), make_row("c")])
+    assert [index.next_to(2, older) for older in (1, -1)] == ["a", "c"]
+    assert [index.next_to(1, 1), index.next_to(3, -1)] == [None, None]
+    assert index.waiting() == 2
+    index.label("a", "discard", "Ada")
+    assert index.waiting() == 1
+
+
 def test_reading_makes_nothing(tmp_path: Path) -> None:
     index = EpisodeIndex(tmp_path / "run" / "episodes")
     assert index.after(0) == [] and index.list(limit=5) == [] and index.get("a") is None and index.count() == 0

@@ -1,0 +1,136 @@
+"""What the page reads: running episodes as they grow, and versions summed up."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bridge.backends.point import Point, PointOptions
+from fieldtune.page.running import OpenEpisodes
+from fieldtune.page.view import Shared, jpeg, version_line
+from runtime.episode import FORMAT, DecisionRecord, EpisodeStart
+from runtime.episode_file import EpisodeFile
+from runtime.index import Tally
+from runtime.records import frame, tensor_records
+
+
+def start(episode: str, client: str, at_s: float = 1.0) -> EpisodeStart:
+    return EpisodeStart(
+        format=FORMAT,
+        episode=episode,
+        task="reach",
+        instruction="move the dot",
+        seed=1,
+        source="policy",
+        explore=True,
+        client=client,
+        spec=Point(PointOptions(size_px=8)).spec,
+        started_unix_s=at_s,
+    )
+
+
+def decision(number: int, value: int) -> DecisionRecord:
+    image = np.full((8, 8, 3), value, np.uint8)
+    tensors = tensor_records({"image/top": image, "state": np.zeros(2, np.float32)})
+    return DecisionRecord(decision=number, step=4 * (number - 1), version="v", tensors=tensors)
+
+
+def log_in(directory: Path) -> Path:
+    for name in ("open", "done"):
+        (directory / name).mkdir()
+    return directory
+
+
+def test_a_running_episode_is_followed_record_by_record(tmp_path: Path) -> None:
+    episodes = OpenEpisodes(tmp_path)
+    assert episodes.look() == {}
+    file = EpisodeFile(log_in(tmp_path), start("a", "arm"))
+    assert episodes.look() == {}, "it has not seen anything yet"
+    for number in (1, 2):
+        file.write(decision(number, 10 * number))
+        running = episodes.look()["arm"]
+        assert (running.decision, running.step, running.version) == (number, 4 * (number - 1), "v")
+        assert running.images["top"].shape == (8, 8, 3) and running.images["top"][0, 0, 0] == 10 * number
+    later = EpisodeFile(tmp_path, start("b", "arm", 2.0))
+    assert episodes.look()["arm"].start.episode == "a", "until the new one has seen something"
+    later.write(decision(1, 30))
+    assert episodes.look()["arm"].start.episode == "b"
+    later.discard()
+    file.discard()
+    assert episodes.look()["arm"].start.episode == "b", "the last picture stays"
+
+
+def test_half_a_record_is_read_when_the_rest_has_come(tmp_path: Path) -> None:
+    log_in(tmp_path)
+    header, payload = frame(decision(1, 50))
+    path = tmp_path / "open" / "a.ep"
+    path.write_bytes(b"".join(frame(start("a", "arm"))) + header + payload[:100])
+    episodes = OpenEpisodes(tmp_path)
+    assert episodes.look() == {}
+    with path.open("ab") as file:
+        file.write(payload[100:])
+    assert episodes.look()["arm"].images["top"][0, 0, 0] == 50
+
+
+def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = EpisodeFile(log_in(tmp_path), start("a", "arm"))
+    file.write(decision(1, 1))
+    seen: list[int] = []
+    from fieldtune.page import running
+
+    scan = running.scan_records
+
+    def counted(file: Any, offset: int = 0) -> Any:
+        for record, end in scan(file, offset):
+            seen.append(end)
+            yield record, end
+
+    monkeypatch.setattr(running, "scan_records", counted)
+    episodes = OpenEpisodes(tmp_path)
+    for _ in range(3):
+        episodes.look()
+    file.write(decision(2, 2))
+    episodes.look()
+    assert len(seen) == len(set(seen)) == 3
+
+
+def test_a_version_is_summed_up_without_what_was_aborted_or_not_judged() -> None:
+    def tally(status: Any, episodes: int, steps: list[int]) -> Tally:
+        squared = sum(n * n for n in steps)
+        return Tally(version="v", status=status, episodes=episodes, steps=sum(steps), steps_squared=squared)
+
+    tallies = [tally("success", 4, [10, 12, 14, 16]), tally("timeout", 6, [20] * 6), tally("aborted", 9, [1] * 9)]
+    line = version_line(
+        [*tallies, tally("unjudged", 3, [5] * 3)], version="v", number=1, live=True, change=None, since_unix_s=0.0
+    )
+    assert (line.episodes, line.success, line.steps, line.stage) == (10, 0.4, 13.0, "live")
+    half = 1.96 * np.std([10, 12, 14, 16], ddof=1) / 2
+    assert line.steps_interval == pytest.approx((13 - half, 13 + half))
+    assert line.success_interval == pytest.approx((0.1682, 0.6873), abs=1e-4), "Wilson, 4 of 10"
+    nothing = version_line([], version="v", number=1, live=False, change=None, since_unix_s=0.0)
+    assert (nothing.success, nothing.steps, nothing.steps_interval) == (None, None, None)
+
+
+def test_those_who_ask_at_the_same_time_share_one_answer() -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        return len(made)
+
+    kept = Shared(make, fresh_s=1e9)
+    assert [kept() for _ in range(3)] == [1, 1, 1]
+    anew = Shared(make, fresh_s=-1.0)
+    assert [anew() for _ in range(2)] == [2, 3]
+
+
+def test_pictures_are_jpeg() -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, :8] = 200
+    back = np.asarray(Image.open(BytesIO(jpeg(image))))
+    assert back.shape == (8, 16, 3) and abs(back.astype(int) - image).max() < 8
