@@ -7,10 +7,14 @@ LeRobot itself is not imported here. The options name the class, and whatever ha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+import time
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +27,11 @@ __all__ = ["LeRobot", "LeRobotOptions"]
 
 _PROPERTIES = ("observation_features", "action_features")
 _METHODS = ("connect", "get_observation", "send_action", "disconnect")
+_TRIES = 3
+_LAST_TRY_S = 0.1
+"""A call is repeated only so long after it was first made: the arm stays on its way meanwhile."""
+
+_T = TypeVar("_T")
 
 
 class LeRobot:
@@ -69,8 +78,8 @@ class LeRobot:
         if not calibrated:
             self._give_up_robot()
             raise BackendError(
-                f"{self._name} is not calibrated; run `lerobot-calibrate` for this robot, with the same id as in "
-                f"{OPTIONS}.config"
+                f"{self._name} is not calibrated: it has no calibration file, or its motors hold other values than the "
+                f"file; run `lerobot-calibrate` for this robot, with the same id as in {OPTIONS}.config"
             )
         self._connected = True
         self._sent = self._held = None
@@ -153,7 +162,7 @@ class LeRobot:
     def _read(self) -> Mapping[str, Any]:
         self._check_connected()
         try:
-            reading: Mapping[str, Any] = self._robot.get_observation()
+            reading: Mapping[str, Any] = _repeated(self._robot.get_observation)
         except Exception as error:
             raise BackendError(
                 f"{self._name} cannot be read: {_said(error)}; check cables, power and cameras, then connect again"
@@ -163,8 +172,11 @@ class LeRobot:
     def _send(self, action: Float32) -> Float32:
         self._check_connected()
         names = self._spec.action.names
+        targets = dict(zip(names, action.tolist(), strict=True))
+        # A delta that did arrive must not be sent again.
+        tries = 1 if self._options.kind == "delta" else _TRIES
         try:
-            sent = self._robot.send_action(dict(zip(names, action.tolist(), strict=True)))
+            sent = _repeated(lambda: self._robot.send_action(targets), tries)
         except Exception as error:
             raise BackendError(
                 f"{self._name} took no action: {_said(error)}; check cables and power, then connect again"
@@ -255,9 +267,25 @@ def _built(value: Any, where: str) -> Any:
 
 def _call(kind: Any, fields: dict[str, Any], where: str) -> Any:
     try:
-        return kind(**fields)
+        return kind(**_with_paths(kind, fields))
     except Exception as error:
         raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} refuses it: {_said(error)}") from error
+
+
+def _with_paths(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with each text that the dataclass `kind` wants as a `Path` made into one: YAML has no paths."""
+    if not dataclasses.is_dataclass(kind):
+        return fields
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a type that only a checker sees
+        return fields
+    made = dict(fields)
+    for key, value in fields.items():
+        kinds = (hints.get(key), *typing.get_args(hints.get(key)))
+        if isinstance(value, str) and Path in kinds and str not in kinds:
+            made[key] = Path(value).expanduser()
+    return made
 
 
 def _find_class(name: Any, where: str) -> Any:
@@ -277,5 +305,19 @@ def _find_class(name: Any, where: str) -> Any:
     return kind
 
 
+def _repeated(call: Callable[[], _T], tries: int = _TRIES) -> _T:
+    """What `call` gives, tried again where it raises: many drivers ask once, and one damaged packet is an error."""
+    last_s = time.monotonic() + _LAST_TRY_S
+    while True:
+        tries -= 1
+        try:
+            return call()
+        except Exception:
+            if tries <= 0 or time.monotonic() > last_s:
+                raise
+
+
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """In one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
