@@ -14,7 +14,7 @@ import time
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -30,8 +30,6 @@ _METHODS = ("connect", "get_observation", "send_action", "disconnect")
 _TRIES = 3
 _LAST_TRY_S = 0.1
 """A call is repeated only so long after it was first made: the arm stays on its way meanwhile."""
-
-_T = TypeVar("_T")
 
 
 class LeRobot:
@@ -160,29 +158,39 @@ class LeRobot:
         self._robot = _make_robot(self._options)
 
     def _read(self) -> Mapping[str, Any]:
-        self._check_connected()
-        try:
-            reading: Mapping[str, Any] = _repeated(self._robot.get_observation)
-        except Exception as error:
-            raise BackendError(
-                f"{self._name} cannot be read: {_said(error)}; check cables, power and cameras, then connect again"
-            ) from error
+        reading: Mapping[str, Any] = self._ask(
+            lambda: self._robot.get_observation(), "cannot be read", "check cables, power and cameras"
+        )
         return reading
 
     def _send(self, action: Float32) -> Float32:
-        self._check_connected()
         names = self._spec.action.names
         targets = dict(zip(names, action.tolist(), strict=True))
         # A delta that did arrive must not be sent again.
         tries = 1 if self._options.kind == "delta" else _TRIES
-        try:
-            sent = _repeated(lambda: self._robot.send_action(targets), tries)
-        except Exception as error:
-            raise BackendError(
-                f"{self._name} took no action: {_said(error)}; check cables and power, then connect again"
-            ) from error
+        sent = self._ask(
+            lambda: self._robot.send_action(targets), "took no action", "check cables and power", tries=tries
+        )
         self._sent = self._numbers(sent, names, "send_action")
         return self._sent.copy()
+
+    def _ask(self, call: Callable[[], Any], failed: str, mend: str, *, tries: int = _TRIES) -> Any:
+        """What `call` gives, tried again where it raises: many drivers ask once, and one damaged packet is an error.
+
+        The error tells the first one: those after it are often about what that left behind.
+        """
+        self._check_connected()
+        last_s = time.monotonic() + _LAST_TRY_S
+        said = ""
+        while True:
+            _forget_late_answers(self._robot)
+            tries -= 1
+            try:
+                return call()
+            except Exception as error:
+                said = said or _said(error)
+                if tries <= 0 or time.monotonic() > last_s:
+                    raise BackendError(f"{self._name} {failed}: {said}; {mend}, then connect again") from error
 
     def _find_hold(self) -> Float32:
         names = self._spec.action.names
@@ -305,16 +313,16 @@ def _find_class(name: Any, where: str) -> Any:
     return kind
 
 
-def _repeated(call: Callable[[], _T], tries: int = _TRIES) -> _T:
-    """What `call` gives, tried again where it raises: many drivers ask once, and one damaged packet is an error."""
-    last_s = time.monotonic() + _LAST_TRY_S
-    while True:
-        tries -= 1
-        try:
-            return call()
-        except Exception:
-            if tries <= 0 or time.monotonic() > last_s:
-                raise
+def _forget_late_answers(robot: Any) -> None:
+    """Empty what came in on the robot's serial ports, or on those of its arms.
+
+    The SDKs of Feetech and Dynamixel do not: after one answer that came too late, each reading would be the one before.
+    """
+    for part in (robot, *vars(robot).values()):
+        port: Any = getattr(getattr(part, "bus", None), "port_handler", None)
+        # A port that is gone says so in the call that follows.
+        with contextlib.suppress(Exception):
+            port.ser.reset_input_buffer()
 
 
 def _said(error: Exception) -> str:

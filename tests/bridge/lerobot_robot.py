@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -127,6 +128,38 @@ class Plain(Arm):
 
     def connect(self):
         self.is_connected = True
+
+
+class SerialInput:
+    """What came in on a serial port and was not read."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def reset_input_buffer(self):
+        self.waiting.clear()
+
+
+class Late(Arm):
+    """On a bus whose SDK takes for the answer what came first, as Feetech's and Dynamixel's do."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.input = SerialInput()
+        self.bus = SimpleNamespace(port_handler=SimpleNamespace(ser=self.input))
+
+    def get_observation(self):
+        self.input.waiting.append(super().get_observation())
+        return self.input.waiting.pop(0)
+
+
+class LateSecondArm(Late):
+    """The bus is that of an arm of the robot."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.left_arm = SimpleNamespace(bus=self.bus)
+        del self.bus
 
 
 class Base(Plain):

@@ -181,6 +181,16 @@ def test_a_packet_that_is_lost_is_asked_for_again():
     assert arm.damaged == 97
 
 
+@pytest.mark.parametrize("robot", ["lerobot_robot:Late", "lerobot_robot:LateSecondArm"])
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next(robot):
+    backend, arm = connected(robot=robot)
+    arm.get_observation()
+    arm.input.waiting.append(Arm.get_observation(arm))  # that of a request which was given up
+    arm.positions["gripper"] = 40.0
+    assert backend.observe().state.tolist() == [1.5, 1.5, 40.0]
+    assert backend.hold_action().tolist() == [1.5, 1.5, 40.0]
+
+
 def test_a_delta_is_never_sent_twice():
     backend, arm = connected(kind="delta")
     arm.damaged = 1
