@@ -141,7 +141,7 @@ class SerialInput:
 
 
 class Late(Arm):
-    """On a bus whose SDK takes for the answer what came first, as Feetech's and Dynamixel's do."""
+    """On a bus whose SDK takes for the answer what came first, as Feetech's does."""
 
     def __init__(self, config):
         super().__init__(config)
