@@ -7,22 +7,23 @@ LeRobot itself is not imported here. The options name the class, and whatever ha
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from bridge.backend import BackendError, BackendSpec, Float32, Observation, Outcome, UInt8
 from bridge.backends.lerobot_features import OPTIONS, LeRobotOptions, read_spec
+from bridge.backends.lerobot_making import make_robot, said
 from bridge.backends.resizing import Resizer
-from bridge.config import ConfigError
 
 __all__ = ["LeRobot", "LeRobotOptions"]
 
-_PROPERTIES = ("observation_features", "action_features")
-_METHODS = ("connect", "get_observation", "send_action", "disconnect")
+_TRIES = 3
+_LAST_TRY_S = 0.1
+"""A call is repeated only so long after it was first made: the arm stays on its way meanwhile."""
 
 
 class LeRobot:
@@ -36,7 +37,7 @@ class LeRobot:
         that is wrong.
         """
         self._options = options
-        self._robot = _make_robot(options)
+        self._robot = make_robot(options)
         self._spec = read_spec(self._robot.observation_features, self._robot.action_features, options)
         self._low, self._high = (np.array(x, np.float32) for x in (self._spec.action.low, self._spec.action.high))
         self._resizers: dict[tuple[int, ...], Resizer] = {}
@@ -63,14 +64,14 @@ class LeRobot:
         except Exception as error:
             self._give_up_robot()
             raise BackendError(
-                f"{self._name} cannot be connected: {_said(error)}; check power, cables and the ports in "
+                f"{self._name} cannot be connected: {said(error)}; check power, cables and the ports in "
                 f"{OPTIONS}.config, and that no other program has them open"
             ) from error
         if not calibrated:
             self._give_up_robot()
             raise BackendError(
-                f"{self._name} is not calibrated; run `lerobot-calibrate` for this robot, with the same id as in "
-                f"{OPTIONS}.config"
+                f"{self._name} is not calibrated: it has no calibration file, or its motors hold other values than the "
+                f"file; run `lerobot-calibrate` for this robot, with the same id as in {OPTIONS}.config"
             )
         self._connected = True
         self._sent = self._held = None
@@ -133,7 +134,7 @@ class LeRobot:
         except Exception as error:
             self._give_up_robot()
             raise BackendError(
-                f"{self._name} cannot be disconnected: {_said(error)}; its motors may still have torque"
+                f"{self._name} cannot be disconnected: {said(error)}; its motors may still have torque"
             ) from error
 
     @property
@@ -148,29 +149,42 @@ class LeRobot:
         """Let the robot go and make a new one: LeRobot does not connect a robot that is half connected."""
         with contextlib.suppress(Exception):
             self._robot.disconnect()
-        self._robot = _make_robot(self._options)
+        self._robot = make_robot(self._options)
 
     def _read(self) -> Mapping[str, Any]:
-        self._check_connected()
-        try:
-            reading: Mapping[str, Any] = self._robot.get_observation()
-        except Exception as error:
-            raise BackendError(
-                f"{self._name} cannot be read: {_said(error)}; check cables, power and cameras, then connect again"
-            ) from error
+        reading: Mapping[str, Any] = self._ask(
+            lambda: self._robot.get_observation(), "cannot be read", "check cables, power and cameras"
+        )
         return reading
 
     def _send(self, action: Float32) -> Float32:
-        self._check_connected()
         names = self._spec.action.names
-        try:
-            sent = self._robot.send_action(dict(zip(names, action.tolist(), strict=True)))
-        except Exception as error:
-            raise BackendError(
-                f"{self._name} took no action: {_said(error)}; check cables and power, then connect again"
-            ) from error
+        targets = dict(zip(names, action.tolist(), strict=True))
+        # A delta that did arrive must not be sent again.
+        tries = 1 if self._options.kind == "delta" else _TRIES
+        sent = self._ask(
+            lambda: self._robot.send_action(targets), "took no action", "check cables and power", tries=tries
+        )
         self._sent = self._numbers(sent, names, "send_action")
         return self._sent.copy()
+
+    def _ask(self, call: Callable[[], Any], failed: str, mend: str, *, tries: int = _TRIES) -> Any:
+        """What `call` gives, tried again where it raises: many drivers ask once, and one damaged packet is an error.
+
+        The error tells the first one: those after it are often about what that left behind.
+        """
+        self._check_connected()
+        last_s = time.monotonic() + _LAST_TRY_S
+        first = ""
+        while True:
+            _forget_late_answers(self._robot)
+            tries -= 1
+            try:
+                return call()
+            except Exception as error:
+                first = first or said(error)
+                if tries <= 0 or time.monotonic() > last_s:
+                    raise BackendError(f"{self._name} {failed}: {first}; {mend}, then connect again") from error
 
     def _find_hold(self) -> Float32:
         names = self._spec.action.names
@@ -195,7 +209,7 @@ class LeRobot:
             vector = np.array([float(values[name]) for name in names], np.float32)
         except (KeyError, TypeError, ValueError) as error:
             raise BackendError(
-                f"{source}() of {self._name} gives no number for each of {', '.join(names)}: {_said(error)}; its "
+                f"{source}() of {self._name} gives no number for each of {', '.join(names)}: {said(error)}; its "
                 "features promise them"
             ) from error
         if not np.isfinite(vector).all():
@@ -216,66 +230,12 @@ class LeRobot:
         return self._resizers[key](image)
 
 
-def _make_robot(options: LeRobotOptions) -> Any:
-    """The robot that the options name, not connected; raises `ConfigError`."""
-    kind = _find_class(options.robot, f"{OPTIONS}.robot")
-    where = f"{OPTIONS}.config"
-    fields = dict(options.config)
-    if "class" not in fields:
-        default = getattr(kind, "config_class", None)
-        if default is None:
-            raise ConfigError(f"{where}.class: missing; {options.robot} has no config_class, so name module:Class")
-        config = _call(default, _built(fields, where), where)
-    else:
-        config = _built(fields, where)
-    try:
-        robot = kind(config)
-    except Exception as error:
-        raise ConfigError(f"{OPTIONS}.robot: {options.robot} cannot be made: {_said(error)}") from error
-    for name in _PROPERTIES:
-        if not isinstance(getattr(robot, name, None), Mapping):
-            raise ConfigError(f"{OPTIONS}.robot: {options.robot} has no {name}; it is not a LeRobot robot")
-    for name in _METHODS:
-        if not callable(getattr(robot, name, None)):
-            raise ConfigError(f"{OPTIONS}.robot: {options.robot} has no method {name}(); it is not a LeRobot robot")
-    return robot
+def _forget_late_answers(robot: Any) -> None:
+    """Empty what came in on the robot's serial ports, or on those of its arms.
 
-
-def _built(value: Any, where: str) -> Any:
-    """`value` with each mapping that has a key `class` made into an object of that class, from the inside out."""
-    if isinstance(value, list):
-        return [_built(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    fields = {key: _built(item, f"{where}.{key}") for key, item in value.items() if key != "class"}
-    if "class" not in value:
-        return fields
-    return _call(_find_class(value["class"], f"{where}.class"), fields, where)
-
-
-def _call(kind: Any, fields: dict[str, Any], where: str) -> Any:
-    try:
-        return kind(**fields)
-    except Exception as error:
-        raise ConfigError(f"{where}: {getattr(kind, '__name__', kind)} refuses it: {_said(error)}") from error
-
-
-def _find_class(name: Any, where: str) -> Any:
-    module_name, _, class_name = str(name).partition(":")
-    if not module_name or not class_name:
-        raise ConfigError(f"{where}: expected module:Class (found {name!r})")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{where}: the module of {name!r} cannot be imported: {error}; install it in this environment (LeRobot's "
-            "own robots: pip install lerobot, with the extra of their motors), or use the backend `remote`"
-        ) from error
-    kind = getattr(module, class_name, None)
-    if not isinstance(kind, type):
-        raise ConfigError(f"{where}: {module_name} has no class {class_name!r}")
-    return kind
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    Feetech's SDK does not, as Dynamixel's does: after one answer that came too late, each reading is the one before.
+    """
+    for part in (robot, *getattr(robot, "__dict__", {}).values()):
+        # What has no such port is let be, and a port that is gone says so in the call that follows.
+        with contextlib.suppress(Exception):
+            part.bus.port_handler.ser.reset_input_buffer()

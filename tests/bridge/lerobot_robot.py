@@ -5,6 +5,8 @@ features before connecting, errors of its own when it is not connected, relative
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -30,12 +32,16 @@ class CameraConfig:
 class ArmConfig:
     port: str
     id: str | None = None
+    calibration_dir: Path | None = None
+    serial_by: Path | str = ""
     cameras: dict[str, CameraConfig] = field(default_factory=dict)
     max_relative_target: float | None = None
 
 
 class Arm:
-    """Joints go to their targets at once. Tests reach in: `fault` raises in the bus, `missing` in a camera."""
+    """Joints go to their targets at once. Tests reach in: `fault` raises in the bus, `missing` in a camera, and
+    `damaged` is how many calls fail before one succeeds.
+    """
 
     config_class = ArmConfig
     name = "arm"
@@ -44,10 +50,12 @@ class Arm:
     def __init__(self, config):
         if config.port == "/dev/none":
             raise ImportError("feetech-servo-sdk")
+        self.calibration_file = config.calibration_dir and config.calibration_dir / f"{config.id}.json"
         self.config = config
         self.positions = dict.fromkeys(MOTORS, 1.5)
         self.commands = []
         self.fault = self.missing = None
+        self.damaged = 0
         self.is_connected = False
         self.disconnects = 0
 
@@ -104,6 +112,9 @@ class Arm:
             raise DeviceNotConnectedError("Arm is not connected. Run `.connect()` first.")
         if self.fault is not None:
             raise self.fault
+        if self.damaged:
+            self.damaged -= 1
+            raise ConnectionError("Failed to sync read.\n[TxRxResult] There is no status packet!")
 
 
 class Uncalibrated(Arm):
@@ -117,6 +128,38 @@ class Plain(Arm):
 
     def connect(self):
         self.is_connected = True
+
+
+class SerialInput:
+    """What came in on a serial port and was not read."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def reset_input_buffer(self):
+        self.waiting.clear()
+
+
+class Late(Arm):
+    """On a bus whose SDK takes for the answer what came first, as Feetech's does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.input = SerialInput()
+        self.bus = SimpleNamespace(port_handler=SimpleNamespace(ser=self.input))
+
+    def get_observation(self):
+        self.input.waiting.append(super().get_observation())
+        return self.input.waiting.pop(0)
+
+
+class LateSecondArm(Late):
+    """The bus is that of an arm of the robot."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.left_arm = SimpleNamespace(bus=self.bus)
+        del self.bus
 
 
 class Base(Plain):

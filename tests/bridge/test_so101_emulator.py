@@ -60,6 +60,27 @@ def test_present_values_cannot_be_written():
     assert answers(emulated.receive(packets.read(1, 56, 2)))[0].parameters == b"\x00\x08"
 
 
+def test_a_homing_offset_is_taken_off_the_position_and_moves_nothing():
+    emulated, _ = arm()
+
+    def position():
+        return r.PRESENT_POSITION.decode(answers(emulated.receive(packets.read(1, 56, 2)))[0].parameters)
+
+    # As a calibration does it: present = actual - offset, with the sign in bit 11. LeRobot centres at 2047.
+    assert position() == 2048
+    emulated.receive(packets.write(1, 31, b"\x01\x00"))
+    assert position() == 2047
+    emulated.receive(packets.write(1, 31, b"\x64\x08"))
+    assert position() == 2148
+    # Goals are in the numbers that are told.
+    emulated.receive(packets.write(1, 42, b"\x00\x09"))
+    emulated.receive(packets.write(1, 40, b"\x01"))
+    emulated.servos[1].advance(10)
+    assert position() == 2304
+    emulated.receive(packets.write(1, 31, b"\x00\x00"))
+    assert position() == 2304 - 100
+
+
 def servo(goal, speed=0):
     made = EmulatedServo(1)
     made.set(r.GOAL_POSITION, goal)

@@ -44,6 +44,7 @@ class EmulatedServo:
         self.errors = 0
         """Error bits of faults; torque can be enabled again only once they are gone."""
         self.position_ticks = position_ticks
+        """As the servo tells it: its homing offset is off it."""
         self.speed_ticks_s = 0.0
         for register, value in (
             (r.ID, servo),
@@ -76,9 +77,12 @@ class EmulatedServo:
 
     def write(self, address: int, data: bytes) -> None:
         """Write registers as the bus may; read-only ones keep their values."""
+        homed_ticks = self.get(r.HOMING_OFFSET)
         for offset, byte in enumerate(data):
             if address + offset < len(self.memory) and address + offset not in _READ_ONLY:
                 self.memory[address + offset] = byte
+        # The joint stays where it is; only what the servo calls that place is another number.
+        self.position_ticks += homed_ticks - self.get(r.HOMING_OFFSET)
         if self.errors:
             self.set(r.TORQUE_ENABLE, 0)
 

@@ -40,6 +40,7 @@ MODEL = Register("model", 3, 2)
 ID = Register("id", 5, 1)
 MIN_POSITION = Register("min position", 9, 2)
 MAX_POSITION = Register("max position", 11, 2)
+HOMING_OFFSET = Register("homing offset", 31, 2, sign_bit=11)  # what is taken off the position that is told
 OPERATING_MODE = Register("operating mode", 33, 1)
 TORQUE_ENABLE = Register("torque enable", 40, 1)
 GOAL_POSITION = Register("goal position", 42, 2, sign_bit=15)
