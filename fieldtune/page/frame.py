@@ -20,6 +20,7 @@ PAGES = {"/": "Robots", "/versions": "Versions", "/learning": "Learning", "/epis
 REFRESH_S = 1.0
 COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange", "stopped": "red"}
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
+LOGOUT = '<form method="post" action="/logout"><button class="text-sm opacity-80 underline">log out</button></form>'
 STYLE = """
 .q-card { box-shadow: none; border: 1px solid rgba(128, 128, 128, .3); border-radius: 8px }
 .camera img { image-rendering: pixelated }
@@ -45,6 +46,8 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
         reset.tooltip("lift the stop; paused robots stay paused")
         stop = ui.button("Stop all", on_click=lambda: act(lambda: actions.stop(view, name)), color="red", icon="stop")
         stop.tooltip("stop all robots at once; they stay stopped until Reset")
+        if view.deployment.page.password:
+            ui.html(LOGOUT, sanitize=False)
         with ui.row().classes("w-full gap-1"):
             for path, text in PAGES.items():
                 ui.link(text, path).classes(

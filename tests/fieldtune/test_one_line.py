@@ -27,6 +27,7 @@ SMALL = [
     "trainer.sft.steps=3",
     "trainer.episodes_per_iteration=2",
     "trainer.ppo.critic_warmup_iterations=0",
+    "page.serve=false",
     "trainer.stop.iterations=1",
     "trainer.evaluate.episodes_per_task=2",
 ]

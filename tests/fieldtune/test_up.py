@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,12 @@ from runtime.rundir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-SMALL = ["trainer.demos.per_task=20", "trainer.sft.steps=60", "trainer.evaluate.episodes_per_task=10"]
+SMALL = [
+    "page.serve=false",
+    "trainer.demos.per_task=20",
+    "trainer.sft.steps=60",
+    "trainer.evaluate.episodes_per_task=10",
+]
 
 
 class Deployment:
@@ -129,11 +135,15 @@ def test_control_c_stops_everything_and_the_same_command_goes_on(up: Deployment)
     until(lambda: up.run.demos.exists(), "demonstrations", up)
     assert up.interrupt() == 1
     assert up.children() == {}
-    up.start("trainer.stop.iterations=6")
+    up.start("trainer.stop.iterations=6", "page.serve=true")
     until(lambda: len(up.metrics()) >= 2, "second iteration", up)
     before = up.metrics()
     children = up.children()
-    assert set(children) == {"serve", "train", "drive"}
+    assert set(children) == {"serve", "train", "drive", "page"}
+    url = up.run.page_url.read_text()
+    assert f"page: {url}" in up.log()
+    with urllib.request.urlopen(f"{url}/healthz", timeout=30) as answer:
+        assert answer.status == 200
     assert up.interrupt() == 1
     assert all(not Path(f"/proc/{pid}").exists() for pid in children.values())
     assert re.search(r"goes on from here", up.log())
