@@ -81,10 +81,8 @@ def up(
     """
     deployment = load_deployment(config, overrides)
     this = Up(deployment, config, overrides, stop_on_signals(), as_json)
-    if fresh and this.run.path.exists():
-        aside = this.run.path.with_name(f"{deployment.name}.old-{int(time.time())}")
-        shutil.move(this.run.path, aside)
-        this.say(f"the earlier run is in {aside}")
+    if fresh:
+        put_aside(this)
     remember_config(this.run, deployment)
     started_s = time.monotonic()
     if not prepare(this):
@@ -112,6 +110,14 @@ def up(
     out.print(f"took {(time.monotonic() - started_s) / 60:.1f} minutes")
     out.print(f"report: {page}")
     return 0
+
+
+def put_aside(this: Up) -> None:
+    """Move an earlier run of this name to NAME.old-TIME."""
+    if this.run.path.exists():
+        aside = this.run.path.with_name(f"{this.deployment.name}.old-{int(time.time())}")
+        shutil.move(this.run.path, aside)
+        this.say(f"the earlier run is in {aside}")
 
 
 def stopped(this: Up) -> int:
@@ -206,10 +212,15 @@ def deploy(this: Up) -> None:
     finally:
         # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
         for group in (workers, [trainer], [runtime]):
-            for child in group:
-                child.ask_to_stop()
-            for child in group:
-                child.stop()
+            stop_together(group)
+
+
+def stop_together(children: Sequence[Child]) -> None:
+    """Stop children that need not wait for each other."""
+    for child in children:
+        child.ask_to_stop()
+    for child in children:
+        child.stop()
 
 
 def wait_for_runtime(this: Up, runtime: Child) -> None:
