@@ -11,7 +11,14 @@ from fieldtune.commands.common import Json, Set, print_json
 from fieldtune.commands.up import Up, put_aside, remember_config
 from fieldtune.deployment import load_deployment
 from fieldtune.walk.data import export_and_import, relabel
-from fieldtune.walk.deploying import promote_good, put_to_work, refuse_broken, reject_at_gate, reject_in_canary
+from fieldtune.walk.deploying import (
+    promote_good,
+    put_to_work,
+    refuse_broken,
+    reject_at_gate,
+    reject_in_canary,
+    start_from_weak,
+)
 from fieldtune.walk.walking import Walk
 from runtime.supervisor import stop_on_signals
 
@@ -44,13 +51,13 @@ def walk(
     remember_config(up.run, up.deployment)
     this = Walk(up, pause)
     try:
-        runtime, robots = put_to_work(this)
+        put_to_work(this, start_from_weak(this))
         refuse_broken(this)
         reject_at_gate(this)
-        reject_in_canary(this, runtime)
-        version = promote_good(this, runtime)
+        reject_in_canary(this)
+        version = promote_good(this)
         relabelled = relabel(this, version)
-        export_and_import(this, version, relabelled, robots)
+        export_and_import(this, version, relabelled)
     finally:
         this.end_all()
     failed = [f"{number}. {step.title}: {text}" for number, step in enumerate(this.steps, 1) for text in step.failed]

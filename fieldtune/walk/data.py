@@ -17,7 +17,6 @@ from fieldtune.walk.comparison import compare_round_trip
 from fieldtune.walk.walking import Walk, WalkError
 from runtime.index import EpisodeIndex
 from runtime.rundir import RunDir
-from runtime.supervisor import Child
 from trainer.checkpoint import TrainerState, load_checkpoint
 
 TRAINER_S = 240.0
@@ -30,8 +29,7 @@ def relabel(walk: Walk, version: str) -> str:
         "An episode is labelled anew",
         "/episodes and /learning",
         "The trainer starts beside the robots and fills its buffer of demonstrations with their fast successes. One of "
-        "these is then labelled `failure`.\nWith its next iteration the trainer has to let go of that one and keep the "
-        "others.",
+        "these is then labelled `failure`. With its next iteration the trainer has to let go of that one alone.",
     )
     up = walk.up
     trainer = up.child("trainer", fieldtune_command("train", up.config, up.overrides))
@@ -46,16 +44,18 @@ def relabel(walk: Walk, version: str) -> str:
     row = walk.index.label(chosen, "failure", getpass.getuser())
     number = walk.index.labels_after(0)[-1].number
     walk.check(
-        f"{chosen} of {row.task} ended as {was.status if was else '-'} after {row.steps} steps and is in the buffer, one "
-        f"of {len(before)}; now it is a {row.status}, says {row.labelled_by}",
+        f"{chosen} of {row.task} ended as {was.status if was else '-'} after {row.steps} steps and is in the buffer, "
+        f"one of {len(before)}; now it is a {row.status}, says {row.labelled_by}",
         (was is not None and was.status, row.status) == ("success", "failure"),
     )
-    walk.until(lambda: saved().labels >= number, "iteration of the trainer with the label", TRAINER_S, trainer)
+    walk.until(
+        lambda: saved().labels >= number, "the iteration of the trainer that takes up the label", TRAINER_S, trainer
+    )
     after = saved.episodes()
     walk.check(f"after iteration {saved().iteration} the buffer has it no more", chosen not in after)
-    walk.check(f"those before and after it are in: {' '.join(neighbours)}", set(neighbours) <= after)
+    walk.check(f"those before and after it are still there: {' '.join(neighbours)}", set(neighbours) <= after)
     left = before - after
-    walk.check(f"so are {len(before) - len(left)} of the {len(before)} that were", left == {chosen})
+    walk.check(f"{len(before) - len(left)} of the {len(before)} that were in it still are", left == {chosen})
     walk.end([trainer])
     step.figures = {
         "episode": chosen,
@@ -102,15 +102,15 @@ class SavedState:
             self._state, self._read_ns = checkpoint.state if checkpoint else None, changed_ns
 
 
-def export_and_import(walk: Walk, version: str, relabelled: str, robots: list[Child]) -> None:
+def export_and_import(walk: Walk, version: str, relabelled: str) -> None:
     """What was logged since the good version came goes out as a LeRobotDataset and comes back as demonstrations."""
     step = walk.begin(
         "The log is exported and imported again",
         "/episodes",
-        f"The robots stop. All episodes since {version[:12]} was announced become a LeRobotDataset v3, and that becomes "
-        "demonstrations of another run.\nWhat came back is compared with what was logged.",
+        f"The robots stop. All episodes since {version[:12]} was announced become a LeRobotDataset v3, and that "
+        "becomes demonstrations of another run. What came back is compared with what was logged.",
     )
-    walk.end(robots)
+    walk.end(walk.robots)
     deployment, stopped = walk.up.deployment, walk.up.stop.is_set
     again = RunDir(walk.run.path / "imported")
     canary = next(change for change in walk.registry.stages(version) if change.stage == "candidate")

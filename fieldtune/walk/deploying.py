@@ -6,54 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from bridge.client import RefusedError
-from fieldtune.commands.evaluate import drive_command, fieldtune_command
-from fieldtune.commands.up import wait_for_runtime
 from fieldtune.deployment import find_bundle
 from fieldtune.walk.bundles import broken_copy, changed_bundle, flipped, shifted
-from fieldtune.walk.walking import Walk
+from fieldtune.walk.walking import Walk, WalkError
 from runtime.bundle import read_bundle
 from runtime.registry import StageChange
-from runtime.supervisor import Child
 
 SHIPPED = "mt10"
-ELEMENT, WEAK, WORSE = "dx", 0.18, 0.35
+ELEMENT, WEAK, WORSE = "dx", 0.18, 0.33
 """Added to the mean of the element, in half ranges. On the tasks of configs/walk.yaml success is then about 0.4 and 0,
 measured over 16 goals of each; 0.96 without. Either step is small enough for the gate."""
-FIRST_EPISODES = 60
+FIRST_EPISODES = 40
 AFTERWARDS_EPISODES = 30
 EPISODES_S = 180.0
 CANARY_S = 300.0
 
 
-def put_to_work(walk: Walk) -> tuple[Child, list[Child]]:
-    """A weak version is live and two robots work with it; returns the runtime and the robots' bridges."""
-    step = walk.begin(
-        "A version that works some of the time",
-        "/",
-        f"The policy that ships ({SHIPPED}) is handicapped on purpose: {WEAK} is added to {ELEMENT} of every mean action, "
-        "through the bias of its last layer.\nThat stands for a policy fresh from fine-tuning. Its success is counted in "
-        "the log, not assumed.",
-    )
-    weak = _made(walk, walk.run.policies, WEAK)
+def start_from_weak(walk: Walk) -> str:
+    """Make the version that the run starts from and start the runtime with it; returns the version."""
+    weak = _made(walk.run.policies, WEAK)
     spec = read_bundle(walk.run.policies / weak).spec
     walk.registry.add(weak, parent=spec.parent, made=spec.made)
     walk.registry.set_live(weak, why="the walk starts from it")
-    up = walk.up
-    runtime = up.child("runtime", fieldtune_command("serve", up.config, up.overrides))
-    names = [f"bridge-{i}" for i in range(up.deployment.bridge.workers)]
-    robots = [
-        up.child(name, drive_command(up.config, up.overrides, name), up.deployment.bridge.niceness) for name in names
-    ]
-    walk.start(runtime)
-    wait_for_runtime(up, runtime)
-    for robot in robots:
+    walk.serve()
+    return weak
+
+
+def put_to_work(walk: Walk, weak: str) -> None:
+    """The robots work with a version that is not good yet."""
+    step = walk.begin(
+        "A version that works some of the time",
+        "/",
+        f"The live version is the policy that ships ({SHIPPED}), handicapped on purpose: {WEAK} is added to {ELEMENT} "
+        "of every mean action, through the bias of its last layer. It stands for a policy fresh from fine-tuning. "
+        f"{len(walk.robots)} robots start. Its success is counted in their log, not assumed.",
+    )
+    for robot in walk.robots:
         walk.start(robot)
-    walk.until(lambda: walk.success(weak)[1] >= FIRST_EPISODES, f"{FIRST_EPISODES} episodes", EPISODES_S, robots[0])
+    walk.until(
+        lambda: walk.success(weak)[1] >= FIRST_EPISODES, f"{FIRST_EPISODES} episodes", EPISODES_S, walk.robots[0]
+    )
     successes, episodes = walk.success(weak)
     share = successes / episodes
     walk.check(f"version {weak[:12]} is live: success {share:.2f} in {episodes} episodes", 0.1 <= share <= 0.8)
     step.figures = {"version": weak, "episodes": episodes, "success": share}
-    return runtime, robots
 
 
 def refuse_broken(walk: Walk) -> None:
@@ -79,8 +75,8 @@ def reject_at_gate(walk: Walk) -> None:
     step = walk.begin(
         "A candidate with the wrong sign",
         "/versions",
-        "Every mean action has the other sign, as after a mistake in a sign convention. Weights, graph and probe are sound; "
-        "the gate has to see it\nin what the version would do on observations that the robots have made.",
+        "Every mean action has the other sign, as after a mistake in a convention. Weights, graph and probe are sound. "
+        "The gate has to see it in what the version would do on observations that the robots have made.",
     )
     version = changed_bundle(find_bundle(SHIPPED), _given(walk), flipped, "the sign of every mean is changed")
     walk.announce(_given(walk) / version)
@@ -91,17 +87,17 @@ def reject_at_gate(walk: Walk) -> None:
     step.figures = {"version": version, **_figures(last)}
 
 
-def reject_in_canary(walk: Walk, runtime: Child) -> None:
+def reject_in_canary(walk: Walk) -> None:
     """A policy that is a little beside passes the gate, and its episodes show what it does."""
     step = walk.begin(
         "A candidate that is a little beside",
         "/versions",
-        f"{WORSE} is added to {ELEMENT} instead of {WEAK}. That is no more than some updates of training; the gate lets it "
-        "pass. It drives half of the episodes\nuntil the sequential test has seen enough.",
+        f"{WORSE} is added to {ELEMENT} instead of {WEAK}. So little passes the gate. It drives half of the episodes "
+        "until the sequential test has seen enough, and that has to reject it.",
     )
-    version = _made(walk, _given(walk), WORSE)
+    version = _made(_given(walk), WORSE)
     live = walk.announce(_given(walk) / version)
-    _through_canary(walk, version, runtime)
+    _through_canary(walk, version)
     last = walk.stage(version)
     rejected = last is not None and last.stage == "rejected" and last.why.startswith("canary: worse")
     walk.check(f"{version[:12]} {_told(last)}", rejected)
@@ -109,28 +105,30 @@ def reject_in_canary(walk: Walk, runtime: Child) -> None:
     step.figures = {"version": version, "drove": walk.drives(version), **_figures(last)}
 
 
-def promote_good(walk: Walk, runtime: Child) -> str:
+def promote_good(walk: Walk) -> str:
     """The policy that ships is promoted by the rule; returns its version."""
     step = walk.begin(
         "A good candidate",
         "/versions",
-        f"The policy that ships, as it is. It goes the same way: gate, canary, and the rule has to promote it.",
+        "The policy that ships, as it is. It goes the same way: gate, canary, and then the rule has to promote it.",
     )
     bundle = find_bundle(SHIPPED)
     version = read_bundle(bundle).version
     walk.announce(bundle)
-    _through_canary(walk, version, runtime)
+    _through_canary(walk, version)
     last = walk.stage(version)
     walk.check(f"{version[:12]} {_told(last)}", last is not None and (last.stage, last.who) == ("live", "rule"))
+    if walk.registry.live() != version:
+        raise WalkError(f"{version[:12]} was to go live and {_told(last)}; the steps after this one need it")
     before = walk.success(version)
     walk.until(
         lambda: walk.success(version)[1] >= before[1] + AFTERWARDS_EPISODES,
         f"{AFTERWARDS_EPISODES} episodes of {version[:12]}",
         EPISODES_S,
-        runtime,
+        walk.runtime,
     )
     successes, episodes = (now - then for now, then in zip(walk.success(version), before, strict=True))
-    walk.check(f"success since: {successes / episodes:.2f} in {episodes} episodes", successes / episodes > 0.8)
+    walk.check(f"success since: {successes / episodes:.2f} in {episodes} episodes", successes / episodes > 0.7)
     step.figures = {
         "version": version,
         "since": {"episodes": episodes, "success": successes / episodes},
@@ -139,7 +137,7 @@ def promote_good(walk: Walk, runtime: Child) -> str:
     return version
 
 
-def _made(walk: Walk, directory: Path, by: float) -> str:
+def _made(directory: Path, by: float) -> str:
     """A version of the shipped policy that is `by` beside."""
     return changed_bundle(
         find_bundle(SHIPPED), directory, shifted(ELEMENT, by), f"{by} added to {ELEMENT} of every mean"
@@ -151,7 +149,7 @@ def _given(walk: Walk) -> Path:
     return walk.run.path / "given"
 
 
-def _through_canary(walk: Walk, version: str, runtime: Child) -> None:
+def _through_canary(walk: Walk, version: str) -> None:
     """Wait for the end of its canary and tell of the gate that it passed."""
     stages = {change.stage: change for change in walk.registry.stages(version)}
     canary = stages.get("canary")
@@ -160,7 +158,7 @@ def _through_canary(walk: Walk, version: str, runtime: Child) -> None:
         f"{version[:12]} passed the gate: {_gate(gate)}" if canary else f"{version[:12]} is no canary", bool(canary)
     )
     if canary:
-        walk.until(lambda: _ended(walk.stage(version)), f"end of the canary {version[:12]}", CANARY_S, runtime)
+        walk.until(lambda: _ended(walk.stage(version)), f"the end of the canary {version[:12]}", CANARY_S, walk.runtime)
 
 
 def _ended(last: StageChange | None) -> bool:
@@ -177,11 +175,13 @@ def _told(last: StageChange | None) -> str:
 
 def _canary(found: dict[str, Any]) -> str:
     low, high = found["success_difference"]
+    worse, better = (
+        (found[name], found[f"needed_to_{what}"]) for name, what in (("worse", "roll_back"), ("better", "promote"))
+    )
     return (
         f"success {_share(found['candidate_success'])} in {found['candidate_episodes']} episodes beside "
         f"{_share(found['live_success'])} in {found['live_episodes']}, difference {low:+.2f} to {high:+.2f}\n"
-        f"       e-values: worse {found['worse']:.3g} of {found['needed_to_roll_back']:.0f}, better {found['better']:.3g} "
-        f"of {found['needed_to_promote']:.0f}"
+        f"       e-values: worse {worse[0]:.3g} of {worse[1]:.0f}, better {better[0]:.3g} of {better[1]:.0f}"
     )
 
 

@@ -13,10 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from bridge.client import SilentError
 from bridge.errors import FieldtuneError
 from bridge.messages import Announce, Serving
 from fieldtune.commands.common import connect, err, out, warn
-from fieldtune.commands.up import Up, stop_together
+from fieldtune.commands.evaluate import drive_command, fieldtune_command
+from fieldtune.commands.up import Up, stop_together, wait_for_runtime
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry, StageChange
 from runtime.rundir import RunDir
@@ -45,18 +47,24 @@ class Step:
 
 @dataclass(slots=True)
 class Walk:
-    """The deployment, the children that run now, and the steps so far."""
+    """The deployment, its processes, and the steps so far."""
 
     up: Up
     pause: bool
     """Wait for Enter before each step."""
     children: list[Child] = field(default_factory=list)
-    """In the order in which they started."""
+    """Those that run, in the order in which they started."""
     steps: list[Step] = field(default_factory=list)
+    runtime: Child = field(init=False)
+    robots: list[Child] = field(init=False)
     registry: Registry = field(init=False)
     index: EpisodeIndex = field(init=False)
 
     def __post_init__(self) -> None:
+        up, bridge = self.up, self.up.deployment.bridge
+        self.runtime = up.child("runtime", fieldtune_command("serve", up.config, up.overrides))
+        names = [f"bridge-{i}" for i in range(bridge.workers)]
+        self.robots = [up.child(name, drive_command(up.config, up.overrides, name), bridge.niceness) for name in names]
         self.registry, self.index = Registry(self.run.registry), EpisodeIndex(self.run.episodes)
 
     @property
@@ -78,8 +86,8 @@ class Walk:
         return self.steps[-1]
 
     def tell(self, text: str) -> None:
-        """One line or paragraph."""
-        self._console().print(escape(text), soft_wrap=True)
+        """A paragraph, broken at the width of the terminal."""
+        self._console().print(escape(text))
 
     def check(self, text: str, good: bool) -> None:
         """Say what was found in this step, and remember if it must not be so."""
@@ -96,10 +104,11 @@ class Walk:
     def until(self, condition: Callable[[], bool], what: str, within_s: float, child: Child) -> None:
         """Wait, with all children kept alive. Raises `WalkError` with the end of the child's log after `within_s`."""
         deadline_s = time.monotonic() + within_s
-        while not condition():
-            if time.monotonic() > deadline_s:
-                raise WalkError(f"no {what} within {within_s:g} s{child.tail()}")
-            self._look_after_children()
+        with err.status(escape(f"waiting for: {what}")):  # on a terminal only
+            while not condition():
+                if time.monotonic() > deadline_s:
+                    raise WalkError(f"waited {within_s:g} s in vain for: {what}{child.tail()}")
+                self._look_after_children()
 
     def _wait_for_enter(self) -> None:
         while not select.select([sys.stdin], [], [], 0)[0]:
@@ -131,15 +140,24 @@ class Walk:
 
     # --- the runtime ----------------------------------------------------------------------------------------------
 
+    def serve(self) -> None:
+        """Start the runtime, and what shows what it does; the robots come later."""
+        self.start(self.runtime)
+        wait_for_runtime(self.up, self.runtime)
+
     def announce(self, bundle: Path) -> str:
         """Tell the runtime of a bundle; returns the live version. Raises `RefusedError` if it is none."""
-        with connect(self.up.deployment, "walk", GATE_S) as client:
-            reply, _ = client.request(Announce(path=str(bundle.resolve())), Serving)
+        try:
+            with connect(self.up.deployment, "walk", GATE_S) as client:
+                reply, _ = client.request(Announce(path=str(bundle.resolve())), Serving)
+        except SilentError as error:
+            raise WalkError(f"{error}; it was told of {bundle}{self.runtime.tail()}") from error
         return reply.version
 
     def stage(self, version: str) -> StageChange | None:
         """The last step of a version."""
-        return (self.registry.stages(version) or [None])[-1]
+        changes = self.registry.stages(version)
+        return changes[-1] if changes else None
 
     def drives(self, version: str) -> int:
         """How many episodes it has had a part in."""
