@@ -141,7 +141,7 @@ class Walk:
     # --- the runtime ----------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Start the runtime, and what shows what it does; the robots come later."""
+        """Start the runtime, and wait until it answers; the robots come later."""
         self.start(self.runtime)
         wait_for_runtime(self.up, self.runtime)
 
