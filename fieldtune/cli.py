@@ -22,6 +22,10 @@ from fieldtune.extras import missing_package
 # name -> (module:function, summary)
 COMMANDS = {
     "up": ("fieldtune.commands.up:up", "run a whole deployment: demonstrations, SFT, serve, drive, train, evaluate"),
+    "walk": (
+        "fieldtune.commands.walk:walk",
+        "walk through one deployment: candidates caught and promoted, data out and in",
+    ),
     "serve": ("fieldtune.commands.serve:serve", "serve the live policy and log episodes"),
     "drive": ("fieldtune.commands.drive:drive", "drive one backend with a runtime's policy"),
     "stop": ("fieldtune.commands.operator:stop", "stop all robots of a running runtime at once"),

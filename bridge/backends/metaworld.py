@@ -31,6 +31,7 @@ from bridge.backends.metaworld_quick import quick_class
 from bridge.backends.metaworld_tasks import GROUPS, HELD_OUT, TRAINING
 from bridge.backends.rendering import Camera, Renderer, open_gl, prepare_gl, simplify
 from bridge.config import ConfigError
+from bridge.pacing import Pacer
 
 # 5 physics steps of 2.5 ms for each action.
 CONTROL_HZ = 80.0
@@ -68,6 +69,8 @@ class MetaWorldOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """What the policy sees; none is allowed, and then no OpenGL is needed."""
     instructions: Literal["training", "held_out"] = "training"
     """Which wordings of the instructions an episode is told; `held_out` ones are for evaluation alone."""
+    real_time: bool = False
+    """A step takes as long as on a robot, 12.5 ms, so that people can watch."""
 
 
 class MetaWorld:
@@ -91,6 +94,7 @@ class MetaWorld:
             instructions={task: wordings[task] for task in tasks},
             privileged=PRIVILEGED,
         )
+        self._pacer = Pacer(1.0 / CONTROL_HZ) if options.real_time else None
         self._connected = False
         self._gl: Any = None
         self._scenes: dict[str, _Scene] = {}
@@ -133,6 +137,8 @@ class MetaWorld:
             self._scenes[task] = _Scene(task, self._cameras, self._gl)
         self._scene = self._scenes[task]
         self._scene.reset(seed)
+        if self._pacer:
+            self._pacer.start()
 
     def observe(self) -> Observation:
         """Draw the cameras and read the state."""
@@ -148,6 +154,8 @@ class MetaWorld:
             raise BackendError(f"an action of metaworld is 4 finite numbers, not {action!r}")
         sent = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         scene.step(sent)
+        if self._pacer:
+            self._pacer.wait()
         return sent
 
     def outcome(self) -> Outcome:

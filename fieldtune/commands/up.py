@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -93,19 +94,25 @@ def up(
     """
     deployment = load_deployment(config, overrides)
     this = Up(deployment, config, overrides, stop_on_signals(), as_json, evaluation)
-    if fresh and this.run.path.exists():
-        aside = this.run.path.with_name(f"{deployment.name}.old-{int(time.time())}")
-        shutil.move(this.run.path, aside)
-        this.say(f"the earlier run is in {aside}")
+    if fresh:
+        put_aside(this)
     remember_config(this.run, deployment)
-    if not deployment.page.serve:
+    with page_of(this):
         return run_to_the_end(this)
-    check_page_config(deployment.page)
-    page = PageChild(fieldtune_command("page", config, overrides), this.run.page_url, this.run.logs / "page.log")
-    this.page = page
+
+
+@contextmanager
+def page_of(this: Up) -> Iterator[None]:
+    """The operator's page is served meanwhile, unless `page.serve` is false."""
+    if not this.deployment.page.serve:
+        yield
+        return
+    check_page_config(this.deployment.page)
+    command = fieldtune_command("page", this.config, this.overrides)
+    page = this.page = PageChild(command, this.run.page_url, this.run.logs / "page.log")
     try:
         this.say(page.start())
-        return run_to_the_end(this)
+        yield
     finally:
         page.stop()
 
@@ -139,6 +146,14 @@ def run_to_the_end(this: Up) -> int:
     out.print(f"took {(time.monotonic() - started_s) / 60:.1f} minutes")
     out.print(f"report: {page}")
     return 0
+
+
+def put_aside(this: Up) -> None:
+    """Move an earlier run of this name to NAME.old-TIME."""
+    if this.run.path.exists():
+        aside = this.run.path.with_name(f"{this.deployment.name}.old-{int(time.time())}")
+        shutil.move(this.run.path, aside)
+        this.say(f"the earlier run is in {aside}")
 
 
 def stopped(this: Up) -> int:
@@ -233,10 +248,15 @@ def deploy(this: Up) -> None:
     finally:
         # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
         for group in (workers, [trainer], [runtime]):
-            for child in group:
-                child.ask_to_stop()
-            for child in group:
-                child.stop()
+            stop_together(group)
+
+
+def stop_together(children: Sequence[Child]) -> None:
+    """Stop children that need not wait for each other."""
+    for child in children:
+        child.ask_to_stop()
+    for child in children:
+        child.stop()
 
 
 def wait_for_runtime(this: Up, runtime: Child) -> None:

@@ -18,6 +18,8 @@ class PageChild:
 
     def __init__(self, command: list[str], url_file: Path, log: Path) -> None:
         """`command` is that of `fieldtune page`; the address appears in `url_file`."""
+        self.url = ""
+        """Where it is; empty until it is there, and where it could not come up."""
         self._url_file = url_file
         self._child: Child | None = Child("page", command, log, NICENESS)
 
@@ -35,7 +37,8 @@ class PageChild:
         deadline_s = time.monotonic() + START_S
         while time.monotonic() < deadline_s and process.poll() is None:
             if self._url_file.exists():
-                return f"page: {self._url_file.read_text()}"
+                self.url = self._url_file.read_text()
+                return f"page: {self.url}"
             time.sleep(0.05)
         if process.poll() is None:
             return f"the page has not come up within {START_S:g} s; its log is {self._child.log}"

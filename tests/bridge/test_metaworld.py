@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -42,6 +43,23 @@ def mt10():
     backend = connected(["mt10"], cameras=[])
     yield backend
     backend.close()
+
+
+def test_real_time_passes_with_the_steps_and_changes_nothing_else():
+    backend = connected(["reach-v3"], cameras=[], real_time=True)
+    quick = connected(["reach-v3"], cameras=[])
+    assert backend.spec == quick.spec
+    backend.reset("reach-v3", 1)
+    quick.reset("reach-v3", 1)
+    began_s = time.monotonic()
+    for action in ACTIONS:
+        backend.apply(action)
+        quick.apply(action)
+    # Each step ends at its deadline or later.
+    assert time.monotonic() - began_s >= (len(ACTIONS) - 1) / backend.spec.control_hz
+    np.testing.assert_array_equal(backend.observe().privileged, quick.observe().privileged)
+    for each in (backend, quick):
+        each.close()
 
 
 def test_tasks_are_those_of_metaworld():

@@ -1,0 +1,1 @@
+"""The parts of `fieldtune walk`: one deployment with its accidents, step by step."""
