@@ -69,8 +69,8 @@ def walk(
         this.tell("\nnot as it must be:\n  " + "\n  ".join(failed))
     else:
         this.tell(
-            f"\nall {len(this.steps)} steps went as they must, in {minutes:.1f} minutes; the run is in {up.run.path}, and "
-            "`fieldtune page walk` shows it"
+            f"\nall {len(this.steps)} steps went as they must, in {minutes:.1f} minutes; "
+            f"the run is in {up.run.path}, and `fieldtune page walk` shows it"
         )
     return 1 if failed else 0
 

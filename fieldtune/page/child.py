@@ -9,8 +9,7 @@ from pathlib import Path
 from fieldtune.extras import EXTRAS
 from runtime.supervisor import Child, ChildFailedError
 
-START_S = 10.0
-NICENESS = 8
+START_S = 30.0
 
 
 class PageChild:
@@ -21,7 +20,7 @@ class PageChild:
         self.url = ""
         """Where it is; empty until it is there, and where it could not come up."""
         self._url_file = url_file
-        self._child: Child | None = Child("page", command, log, NICENESS)
+        self._child: Child | None = Child("page", command, log)
 
     def start(self) -> str:
         """Start it; gives what there is to say: where the page is, or why there is none."""

@@ -18,6 +18,7 @@ from fieldtune.page.view import RunView
 
 PAGES = {"/": "Robots", "/versions": "Versions", "/learning": "Learning", "/episodes": "Episodes"}
 REFRESH_S = 1.0
+FEW_POINTS = 20  # are drawn as dots too: one alone makes no line
 COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange", "stopped": "red"}
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
 LOGOUT = '<form method="post" action="/logout"><button class="text-sm opacity-80 underline">log out</button></form>'
@@ -118,9 +119,9 @@ def line_chart(title: str, *, y_max: float | None = None) -> ui.echart:
         {
             "title": {"text": title, "left": 8, "textStyle": {"fontSize": 13, "fontWeight": "normal"}},
             "animation": False,
-            "grid": {"left": 48, "right": 16, "top": 52, "bottom": 24},
+            "grid": {"left": 48, "right": 16, "top": 58, "bottom": 24},
             "tooltip": {"trigger": "axis", "confine": True},
-            "legend": {"top": 22, "left": 4, "type": "scroll", "itemWidth": 14, "textStyle": {"fontSize": 11}},
+            "legend": {"top": 26, "left": 4, "type": "scroll", "itemWidth": 14, "textStyle": {"fontSize": 11}},
             "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax", "splitLine": {"show": False}},
             "yAxis": {"type": "value", "scale": True, "max": y_max},
             "series": [],
@@ -131,7 +132,13 @@ def line_chart(title: str, *, y_max: float | None = None) -> ui.echart:
 def set_lines(chart: ui.echart, lines: dict[str, list[tuple[float, float]]]) -> None:
     """Name -> points (x, y)."""
     chart.options["series"] = [
-        {"name": name, "type": "line", "showSymbol": False, "lineStyle": {"width": 1.5}, "data": points}
+        {
+            "name": name,
+            "type": "line",
+            "showSymbol": len(points) < FEW_POINTS,
+            "lineStyle": {"width": 1.5},
+            "data": points,
+        }
         for name, points in lines.items()
     ]
     chart.update()

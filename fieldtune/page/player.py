@@ -21,6 +21,11 @@ from runtime.episode_file import EpisodeError
 from runtime.index import EpisodeRow
 
 KEYS: dict[str, Label] = {"s": "success", "f": "failure", "d": "discard"}
+SPACE_PLAYS = """<script>
+addEventListener("keydown", (event) => {
+  if (event.key === " " && event.target === document.body) event.preventDefault();  // it would scroll
+});
+</script>"""
 FASTEST_FRAME_S = 0.1
 SHOWN_ELEMENTS = 8  # of an action, as lines
 
@@ -93,6 +98,7 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
         elif player and typed in ("ArrowLeft", "ArrowRight"):
             player.move(-1 if typed == "ArrowLeft" else 1)
 
+    ui.add_body_html(SPACE_PLAYS)
     ui.keyboard(key, ignore=["input", "select", "textarea"])
     ui.timer(0.0, refresh, once=True)
 

@@ -23,7 +23,7 @@ COLUMNS = [
     {"name": "episodes", "label": "episodes", "field": "episodes", "align": "right"},
     {"name": "since", "label": "since", "field": "since", "align": "left"},
     {"name": "who", "label": "by", "field": "who", "align": "left"},
-    {"name": "why", "label": "why", "field": "why", "align": "left"},
+    {"name": "why", "label": "why", "field": "why", "align": "left", "style": "white-space: normal; min-width: 14rem"},
 ]
 STAGE_CELL = """
 <q-td :props="props"><q-badge :color="props.row.colour" :label="props.row.stage" v-if="props.row.stage" /></q-td>
@@ -92,8 +92,8 @@ def register(view: RunView) -> None:
             with detail:
                 for change in stages:
                     ui.label(f"{when(change.unix_s)} {change.stage}: {change.why} ({change.who})")
-                    for key, value in change.evidence.items():
-                        ui.label(f"{key}: {value}").classes("pl-6 opacity-70")
+                    for text in _figures(change.evidence):
+                        ui.label(text).classes("pl-6 opacity-70")
 
         table.on_select(show_detail)
 
@@ -159,6 +159,23 @@ class CanaryCard:
             # Evidence multiplies from episode to episode, so its logarithm is what fills up.
             bar.value = min(1.0, max(0.0, math.log(max(evidence[test], 1.0)) / math.log(needed)))
             text.text = f"{evidence[test]:.3g} of {needed:g}"
+
+
+def _figures(evidence: dict[str, Any]) -> list[str]:
+    """One line for each figure, sections of figures in one line each."""
+    return [f"{key}: {_figure(value)}" for key, value in evidence.items() if not key.startswith("since_")]
+
+
+def _figure(value: Any) -> str:
+    match value:
+        case float():
+            return f"{value:.4g}"
+        case list():
+            return f"[{', '.join(map(_figure, value))}]"
+        case dict():
+            return ", ".join(f"{key} {_figure(inner)}" for key, inner in value.items() if inner != [])
+        case _:
+            return str(value)
 
 
 def _row(line: VersionLine) -> dict[str, Any]:
