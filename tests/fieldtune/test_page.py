@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from fieldtune.cli import run as command
+from fieldtune.page.password import write_password
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -255,3 +256,33 @@ def test_what_is_not_there_is_said(scene: Scene, page: Any) -> None:
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(scene.url + path, timeout=10)
         assert caught.value.code == 404
+
+
+def test_with_a_password_a_name_comes_with_each_label(scene: Scene, browser: Any) -> None:
+    password = scene.directory / "password"
+    write_password(password, "correct horse")
+    url = "http://127.0.0.1:18730"
+    scene.start("page", "--set", f"page.password={password}", "--set", "page.port=18730")
+
+    def answers() -> bool:
+        with suppress(OSError):
+            return bool(urllib.request.urlopen(f"{url}/healthz", timeout=10).status == 200)  # noqa: S310
+        return False
+
+    scene.until(answers, "second page")
+    row = scene.index.list(limit=1)[0]
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(BROWSER_MS)
+    page.goto(f"{url}/episodes/{row.episode}")
+    page.get_by_label("name").fill("Ada")
+    page.get_by_label("password").fill("correct horse")
+    page.keyboard.press("Enter")
+    page.get_by_text(row.episode).wait_for()
+    page.get_by_text(row.status, exact=True).wait_for()
+    page.keyboard.press("f")
+    page.get_by_text("labelled by Ada").wait_for()
+    assert (scene.row(row.episode).status, scene.row(row.episode).labelled_by) == ("failure", "Ada")
+    page.get_by_role("button", name="log out").click()
+    page.get_by_label("password").wait_for()
+    context.close()
