@@ -86,7 +86,8 @@ class RobotCard:
                 self._state = ui.badge()
                 self._why = ui.label().classes("text-sm opacity-70")
             self._images = ui.row().classes("w-full gap-2")
-            self._episode = ui.label().classes("figures text-sm")
+            with ui.label().classes("figures text-sm") as self._episode:
+                self._instruction = ui.tooltip()
             with ui.row().classes("gap-2"):
                 for key, command in KEYS.items():
                     order = partial(actions.order, view, command, client)
@@ -109,7 +110,7 @@ class RobotCard:
             return
         start, shown = running.start, (running.start.episode, running.decision)
         self._episode.text = f"{start.task}, step {running.step}, version {running.version[:12]}"
-        self._episode.tooltip(start.instruction)
+        self._instruction.text = start.instruction
         if shown == self._shown:
             return
         self._shown = shown

@@ -266,7 +266,7 @@ def test_with_a_password_a_name_comes_with_each_label(scene: Scene, browser: Any
 
     def answers() -> bool:
         with suppress(OSError):
-            return bool(urllib.request.urlopen(f"{url}/healthz", timeout=10).status == 200)  # noqa: S310
+            return bool(urllib.request.urlopen(f"{url}/healthz", timeout=10).status == 200)
         return False
 
     scene.until(answers, "second page")
