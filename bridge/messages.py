@@ -141,12 +141,14 @@ class Watch(Message, frozen=True, tag="watch"):
 class Operate(Message, frozen=True, tag="operate"):
     """The operator's word to all robots of the runtime, or to those of the client `robot`; needs no hello.
 
-    `stop` and `reset` are always for all.
+    `stop` and `reset` are always for all. `end`, `success` and `failure` are for the episode that is open now; with
+    `episode` only for that one, so that a word that comes late does not end the next.
     """
 
     command: Command
     why: str = ""
     robot: str = ""
+    episode: str = ""
 
 
 class GetStatus(Message, frozen=True, tag="get_status"):

@@ -70,6 +70,8 @@ class Operator:
             self.stopped = ""
         everybody = message.command in ("stop", "reset") or not message.robot
         told = [robot for robot in self._robots.values() if everybody or robot.client == message.robot]
+        if message.command in ("end", "success", "failure"):
+            told = [robot for robot in told if self._is_in(robot, message.episode)]
         for robot in told:
             self._change(robot, message)
             self._send(robot, reset=reset)
@@ -91,10 +93,15 @@ class Operator:
         return any(robot.session == session.session and robot.state == "paused" for robot in self._robots.values())
 
     def robots(self) -> dict[str, str]:
-        """Client -> what it does, and why."""
-        return {
-            robot.client: f"{robot.state}: {robot.why}" if robot.why else robot.state for robot in self._robots.values()
-        }
+        """Client -> what it does, and why. Of several with one name each has a line of its own."""
+        found: dict[str, str] = {}
+        for robot in self._robots.values():
+            name, number = robot.client, 1
+            while name in found:
+                number += 1
+                name = f"{robot.client} ({number})"
+            found[name] = f"{robot.state}: {robot.why}" if robot.why else robot.state
+        return found
 
     def _change(self, robot: Robot, message: Operate) -> None:
         match message.command:
@@ -102,8 +109,13 @@ class Operator:
                 robot.paused = message.command == "pause"
             case "end" | "success" | "failure":
                 opened = self._opened(robot)
-                if opened is not None:
-                    opened.ending = message.command
+                assert opened is not None
+                opened.ending = message.command
+
+    def _is_in(self, robot: Robot, episode: str) -> bool:
+        """Whether it is in that episode, or in any where none is named."""
+        opened = self._opened(robot)
+        return opened is not None and episode in ("", opened.episode)
 
     def _send(self, robot: Robot, *, request: int = 0, reset: bool = False) -> None:
         opened = self._opened(robot)

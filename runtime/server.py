@@ -117,6 +117,8 @@ class PolicyServer:
         )
         self._operator = Operator(self._sessions, self._router, self._rollouts.abort)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        # What people decide must not wait until a gate has judged.
+        self._governor = ThreadPoolExecutor(1, thread_name_prefix="governor")
         self.endpoint = self._router.endpoint
 
     def run(self, stopped: Callable[[], bool]) -> None:
@@ -131,7 +133,8 @@ class PolicyServer:
                     self._router.wait(POLL_MS)
         finally:
             self._rollouts.inference.stop()
-            self._loader.shutdown(wait=False, cancel_futures=True)
+            for executor in (self._loader, self._governor):
+                executor.shutdown(wait=False, cancel_futures=True)
             with self._lock:
                 self._closed = True
                 self._router.close()
@@ -194,10 +197,10 @@ class PolicyServer:
                     identity, StatusReply(request=message.request, status=msgspec.to_builtins(self.status()))
                 )
             case Announce():
-                self._swap(identity, message.request, lambda: self._live.announce(Path(message.path)))
+                self._swap(self._loader, identity, message.request, lambda: self._live.announce(Path(message.path)))
             case Govern():
                 command, version, who = message.command, message.version, message.who
-                self._swap(identity, message.request, lambda: self._live.govern(command, version, who))
+                self._swap(self._governor, identity, message.request, lambda: self._live.govern(command, version, who))
 
     def _hello(self, identity: bytes, message: Hello) -> None:
         if message.protocol != PROTOCOL:
@@ -235,8 +238,8 @@ class PolicyServer:
         )
         self._router.send(identity, welcome)
 
-    def _swap(self, identity: bytes, request: int, change: Callable[[], str]) -> None:
-        """Load on the loader's thread; the answer comes when the new version is live."""
+    def _swap(self, executor: ThreadPoolExecutor, identity: bytes, request: int, change: Callable[[], str]) -> None:
+        """Load on a thread of the executor; the answer comes when the new version is live."""
 
         def load() -> None:
             before = self._live().version
@@ -253,7 +256,7 @@ class PolicyServer:
                 return
             self._finish(lambda: self._swapped(identity, request, version, before))
 
-        self._loader.submit(load)
+        executor.submit(load)
 
     def _swapped(self, identity: bytes, request: int, version: str, before: str) -> None:
         self._router.send(identity, Serving(request=request, version=version, previous=before))

@@ -161,6 +161,9 @@ class Staging:
                     if command == "pin":
                         self._end_trial(f"the live version was pinned by {who}", who)
                 case "reject":
+                    candidate = self._candidate()
+                    if not candidate.startswith(version):
+                        raise BundleError("version", f"the canary is {candidate[:12]} now, not {version[:12]}")
                     self._end_trial(f"by {who}", who, must=True)
                 case "promote":
                     wanted = self._registry.get(version).version if version else self._candidate()

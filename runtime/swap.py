@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ SAME = ("cameras", "state", "action", "control_hz", "horizon", "tokens", "prefix
 
 
 class Live:
-    """The policy that serves now. Calling it gives that policy; `announce` and `rollback` may run on any one thread
-    beside it: a new policy is built, replayed against its probe and warmed up before the one reference is flipped.
+    """The policy that serves now. Calling it gives that policy; all else may run on any threads beside it: a new policy
+    is built, replayed against its probe and warmed up before the one reference is flipped.
     """
 
     def __init__(self, run: RunDir, *, threads: int, keep_versions: int, version: str | None = None) -> None:
@@ -35,6 +36,7 @@ class Live:
             )
         self._policy = Policy.load(run.policies / chosen, threads=threads)
         self._previous: Policy | None = None
+        self._changing = threading.Lock()
         self.swaps = 0
         """Changes of the live version, whoever made them."""
         self._previous_version = self._registry.previous() or ""
@@ -77,8 +79,9 @@ class Live:
 
     def make_live(self, policy: Policy, why: str) -> str:
         """Serve a policy that `load` gave."""
-        self._flip(policy, why)
-        self.prune()
+        with self._changing:
+            self._flip(policy, why)
+            self.prune()
         return policy.version
 
     def govern(self, command: Governing, version: str, who: str) -> str:
@@ -99,15 +102,16 @@ class Live:
         """Make an earlier version live again: `version` (an id or prefix), or the one before the live one."""
         if self._pinned:
             raise BundleError("version", "this runtime serves one fixed version and takes no other")
-        wanted = self._registry.get(version).version if version else self._registry.previous()
-        if not wanted:
-            raise BundleError("version", "there is no version before the live one")
-        if self._previous is not None and self._previous.version == wanted:
-            policy = self._previous
-        else:
-            policy = Policy.load(self._run.policies / wanted, threads=self._threads)
-            require_same_interface(policy.spec, self._policy.spec)
-        self._flip(policy, why)
+        with self._changing:
+            wanted = self._registry.get(version).version if version else self._registry.previous()
+            if not wanted:
+                raise BundleError("version", "there is no version before the live one")
+            if self._previous is not None and self._previous.version == wanted:
+                policy = self._previous
+            else:
+                policy = Policy.load(self._run.policies / wanted, threads=self._threads)
+                require_same_interface(policy.spec, self._policy.spec)
+            self._flip(policy, why)
         return policy.version
 
     def _flip(self, policy: Policy, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,16 @@ class Curves:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        earlier = [] if run.curves.exists() else _lines(run.metrics)
-        self._writer = SummaryWriter(str(run.curves), purge_step=1 if earlier else iteration + 1)
-        for line in earlier:
-            self._write(line)
+        if not run.curves.exists() and (earlier := _lines(run.metrics)):
+            # Whole or not at all: one that was killed meanwhile would not be filled up later.
+            begun = run.curves.with_name(f"{run.curves.name}.begun")
+            shutil.rmtree(begun, ignore_errors=True)
+            self._writer = SummaryWriter(str(begun))
+            for line in earlier:
+                self._write(line)
+            self._writer.close()
+            begun.rename(run.curves)
+        self._writer = SummaryWriter(str(run.curves), purge_step=iteration + 1)
         self._writer.flush()
 
     def add(self, line: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 from rich.live import Live as LiveTable
+from rich.markup import escape
 
 from bridge.backend import HasExpert
 from bridge.backends import make_backend
@@ -111,7 +112,7 @@ def page_of(this: Up) -> Iterator[None]:
     command = fieldtune_command("page", this.config, this.overrides)
     page = this.page = PageChild(command, this.run.page_url, this.run.logs / "page.log")
     try:
-        this.say(page.start())
+        this.say(escape(page.start(this.stop.is_set)))
         yield
     finally:
         page.stop()

@@ -26,12 +26,15 @@ def stop(view: RunView, who: str) -> str:
     return f"stopped: {', '.join(robots) or 'no robot is connected'}"
 
 
-def order(view: RunView, command: Command, robot: str = "") -> str:
-    """Pass an order on to one robot, or to all. Raises `ActionError` if nobody was there to hear it."""
+def order(view: RunView, command: Command, robot: str = "", episode: str = "") -> str:
+    """Pass an order on to one robot, or to all. A verdict is for that episode, and for no other.
+
+    Raises `ActionError` if nobody was there to hear it.
+    """
     with connect(view.deployment, "page", ORDER_TIMEOUT_S) as client:
-        reply, _ = client.request(Operate(command=command, robot=robot), Operated)
+        reply, _ = client.request(Operate(command=command, robot=robot, episode=episode), Operated)
     if not reply.robots and command != "reset":
-        raise ActionError(f"{command}: no robot {robot or 'is connected'}")
+        raise ActionError(f"{command}: {robot or 'no robot'} is not connected, or its episode is over already")
     return f"{command}: {', '.join(reply.robots) or 'done'}"
 
 
@@ -39,11 +42,10 @@ def govern(view: RunView, command: Governing, version: str, who: str) -> str:
     """Decide on versions by hand."""
     with connect(view.deployment, "page", SWAP_TIMEOUT_S) as client:
         reply, _ = client.request(Govern(command=command, version=version, who=who), Serving)
-    return f"{command}: {reply.version[:12]} is live"
+    return f"done: {command}; {reply.version[:12]} is live"
 
 
 def label(view: RunView, episode: str, value: Label, who: str) -> str:
     """Say how an episode went. Raises `DatabaseError` if there is no such episode."""
     row = view.index.label(episode, value, who)
-    view.episode.cache_clear()
     return f"{episode[:8]}: {row.status}, by {who}"

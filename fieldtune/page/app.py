@@ -6,14 +6,15 @@ import asyncio
 import socket
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from nicegui import ui
 
+from bridge.backend import UInt8
 from bridge.config import ConfigError
+from bridge.endpoint import is_local
 from fieldtune.page import episodes, learning, player, robots, versions
 from fieldtune.page.access import Access
 from fieldtune.page.config import PageConfig
@@ -30,19 +31,14 @@ def make_app(view: RunView) -> Access:
     """The whole application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.get("/camera/{client}/{camera}.jpg")
+    # Names are parameters, not parts of the path: they come from outside and may have a slash.
+    @app.get("/camera.jpg")
     async def camera(client: str, camera: str) -> Response:
         return await _picture(lambda: view.running.look()[client].images[camera], live=True)
 
-    @app.get("/frame/{episode}/{at}/{camera}.jpg")
+    @app.get("/frame.jpg")
     async def frame(episode: str, at: int, camera: str) -> Response:
-        def find() -> Any:
-            logged = view.episode(episode)
-            if logged is None:
-                raise KeyError(episode)
-            return logged.decisions[at].observation.images[camera]
-
-        return await _picture(find, live=False)
+        return await _picture(lambda: view.picture(episode, at, camera), live=False)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -64,11 +60,11 @@ def make_app(view: RunView) -> Access:
     return Access(app, view.deployment.page)
 
 
-async def _picture(find: Callable[[], Any], *, live: bool) -> Response:
+async def _picture(find: Callable[[], UInt8], *, live: bool) -> Response:
     """A picture as JPEG. What was logged never changes, what is live is gone at once."""
     try:
         image = await asyncio.to_thread(find)
-    except (KeyError, IndexError, EpisodeError):
+    except (LookupError, EpisodeError):
         return Response("no such picture\n", 404, media_type="text/plain")
     headers = {"Cache-Control": "no-store" if live else "private, max-age=3600"}
     return Response(await asyncio.to_thread(jpeg, image), media_type="image/jpeg", headers=headers)
@@ -91,7 +87,6 @@ def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: C
             ws_max_size=1024 * 1024,
         )
     )
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     view.run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(view.run.page_url, url.encode())
     say(f"page: {url}")
@@ -115,7 +110,7 @@ def _run(server: uvicorn.Server, listener: socket.socket, stopped: Callable[[], 
 
 def listen(config: PageConfig) -> socket.socket:
     """A socket at the configured address; on loopback at the first free port of ten. Raises `ConfigError`."""
-    local = config.password is None
+    local = is_local(f"tcp://{config.host}:{config.port}")
     for port in range(config.port, min(config.port + (PORTS if local else 1), 65536)):
         try:
             family = socket.AF_INET6 if ":" in config.host else socket.AF_INET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +23,8 @@ class PageChild:
         self._url_file = url_file
         self._child: Child | None = Child("page", command, log)
 
-    def start(self) -> str:
-        """Start it; gives what there is to say: where the page is, or why there is none."""
+    def start(self, stopped: Callable[[], bool]) -> str:
+        """Start it; gives what there is to say: where the page is, or why there is none. Returns when `stopped`."""
         assert self._child is not None
         for package in ("nicegui", "PIL"):
             if find_spec(package) is None:
@@ -34,7 +35,7 @@ class PageChild:
         process = self._child.process
         assert process is not None
         deadline_s = time.monotonic() + START_S
-        while time.monotonic() < deadline_s and process.poll() is None:
+        while time.monotonic() < deadline_s and process.poll() is None and not stopped():
             if self._url_file.exists():
                 self.url = self._url_file.read_text()
                 return f"page: {self.url}"

@@ -8,7 +8,7 @@ from typing import Any
 from nicegui import ui
 from starlette.requests import Request
 
-from fieldtune.page.frame import REFRESH_S, frame, name_of, when
+from fieldtune.page.frame import REFRESH_S, every, frame, name_of, when
 from fieldtune.page.view import RunView
 from runtime.index import EpisodeRow
 
@@ -58,7 +58,7 @@ def register(view: RunView) -> None:
                 table.rows = rows
             count.text = f"the last {len(found)} of them" if len(found) == LAST else f"{len(found)} episodes"
 
-        ui.timer(2 * REFRESH_S, refresh)
+        every(2 * REFRESH_S, refresh)
         for control in (wanted, task, version):
             control.on_value_change(refresh)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import getpass
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from nicegui import events, ui
@@ -21,6 +23,14 @@ REFRESH_S = 1.0
 FEW_POINTS = 20  # are drawn as dots too: one alone makes no line
 COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange", "stopped": "red"}
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
+# Of their own, so that a stop never waits behind what is only looked at.
+ACTIONS = ThreadPoolExecutor(4, thread_name_prefix="action")
+# A button that keeps the focus would be pressed again by the space bar.
+NO_FOCUS = """<script>
+addEventListener("click", (event) => {
+  if (event.target.closest("button")) document.activeElement?.blur();
+});
+</script>"""
 LOGOUT = '<form method="post" action="/logout"><button class="text-sm opacity-80 underline">log out</button></form>'
 STYLE = """
 .q-card { box-shadow: none; border: 1px solid rgba(128, 128, 128, .3); border-radius: 8px }
@@ -39,7 +49,8 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
     """A page: header and, inside the context, its content. `name` is who looks."""
     ui.page_title(f"{title} - {view.deployment.name}")
     ui.add_css(STYLE)
-    with ui.header().classes("items-center gap-2 py-2 bg-slate-800"):
+    ui.add_body_html(NO_FOCUS)
+    with ui.header().classes("items-center gap-2 py-2 bg-slate-800") as header:
         ui.label(view.deployment.name).classes("text-lg font-medium")
         version = ui.label().classes("font-mono text-sm opacity-80 max-sm:hidden")
         ui.space()
@@ -62,8 +73,6 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
 
     async def refresh() -> None:
         now = await asyncio.to_thread(view.status)
-        unjudged = await asyncio.to_thread(view.waiting)
-        waiting.text = f"{unjudged} to judge" if unjudged else ""
         version.text = now.version[:12] if now else ""
         reset.visible = bool(now and now.stopped)
         if now is None:
@@ -72,8 +81,27 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
             state.text = f"STOPPED: {now.stopped}"
         else:
             state.text = f"{len(now.robots)} robots, {now.episodes_per_min:.0f} episodes / min"
+        unjudged = await asyncio.to_thread(view.waiting)
+        waiting.text = f"{unjudged} to judge" if unjudged else ""
 
-    ui.timer(REFRESH_S, refresh)
+    with header:
+        every(REFRESH_S, refresh)
+
+
+def every(period_s: float, refresh: Callable[[], Awaitable[None]]) -> None:
+    """Bring a page up to date again and again; what keeps it from that is said, so that it does not look alive."""
+    trouble = ui.label().classes("text-red-400 font-medium px-4")
+
+    async def refresh_or_say() -> None:
+        try:
+            await refresh()
+        except Exception as error:
+            trouble.text = f"not up to date: {error}"
+            logging.exception("the page is not up to date")
+        else:
+            trouble.text = ""
+
+    ui.timer(period_s, refresh_or_say)
 
 
 def pressed(event: events.KeyEventArguments) -> str:
@@ -86,12 +114,15 @@ def pressed(event: events.KeyEventArguments) -> str:
 
 async def act(what: Callable[[], str]) -> None:
     """Carry out an action away from the page's own thread, and say how it went."""
+    client = ui.context.client  # the card that asked may be gone by the answer, its page is not
     try:
-        done = await asyncio.to_thread(what)
-    except FieldtuneError as error:
-        ui.notify(str(error), type="negative", timeout=10_000, multi_line=True, close_button=True)
-    else:
-        ui.notify(done, type="positive")
+        told, failed = await asyncio.get_running_loop().run_in_executor(ACTIONS, what), False
+    except (FieldtuneError, OSError) as error:
+        told, failed = f"not done, or not confirmed: {error}", True
+    with client:
+        # What failed stays until somebody has read it.
+        timeout, kind = (0, "negative") if failed else (5000, "positive")
+        ui.notify(told, type=kind, timeout=timeout, multi_line=True, close_button=True)  # type: ignore[arg-type]
 
 
 async def act_if_sure(question: str, what: Callable[[], str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from nicegui import ui
 from starlette.requests import Request
 
-from fieldtune.page.frame import frame, line_chart, name_of, set_lines
+from fieldtune.page.frame import every, frame, line_chart, name_of, set_lines, when
 from fieldtune.page.view import RunView
 
 CURVES_S = 5.0
@@ -62,14 +62,17 @@ def register(view: RunView) -> None:
             with ui.element("div").classes("w-full grid grid-cols-1 md:grid-cols-2 gap-4"):
                 charts = {title: line_chart(title, y_max=y_max) for title, (y_max, _) in CHARTS.items()}
                 by_task = {title: line_chart(title, y_max=y_max) for title, (_, y_max) in BY_TASK.items()}
-            ui.label("Against environment steps. The runtime's own log has what an evaluation says.").classes(
-                "text-sm opacity-70"
-            )
+            ui.label(
+                "Against environment steps, of the exploring policy. An evaluation is in the run's report."
+            ).classes("text-sm opacity-70")
+
+        shown: list[list[Line] | None] = [None]
 
         async def refresh() -> None:
             curves = await asyncio.to_thread(view.curves)
             now = await asyncio.to_thread(view.status)
             told.text = _told(curves)
+            served.text = ""
             if now and now.latency_ms:
                 ms = now.latency_ms
                 served.text = (
@@ -77,13 +80,16 @@ def register(view: RunView) -> None:
                     f"starved steps {now.interventions.get('starved', 0)}; "
                     f"inference computes {now.inference_share:.0%} of the time; {now.swaps} swaps"
                 )
+            if curves is shown[0]:
+                return
+            shown[0] = curves
             for title, (_, lines) in CHARTS.items():
                 set_lines(charts[title], {name: _points(curves, value) for name, value in lines.items()})
             for title, (key, _) in BY_TASK.items():
                 tasks = sorted(curves[-1].get(key, {})) if curves else []
                 set_lines(by_task[title], {task: _points(curves, _of_task(key, task)) for task in tasks})
 
-        ui.timer(CURVES_S, refresh)
+        every(CURVES_S, refresh)
 
 
 def _points(curves: list[Line], value: Callable[[Line], Any]) -> list[tuple[float, float]]:
@@ -96,7 +102,8 @@ def _told(curves: list[Line]) -> str:
         return "The trainer has not learned anything yet."
     last = curves[-1]
     return (
-        f"iteration {last['iteration']}, {last['env_steps']:,} steps, {last['minutes']:.0f} minutes   ·   "
+        f"iteration {last['iteration']} at {when(last['unix_s'])}, {last['env_steps']:,} steps, "
+        f"{last['minutes']:.0f} minutes   ·   "
         f"w(t) {last['weight']:.2f}   ·   KL {last['kl']:.3f}   ·   "
         f"buffer {last['buffer_episodes']} episodes of {last['buffer_steps']:.1f} steps"
     )

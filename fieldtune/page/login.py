@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 import html
 import re
@@ -22,11 +21,12 @@ from fieldtune.page.password import PasswordFile
 
 SESSION_S = 12 * 3600
 WRONG_PER_MINUTE = 10  # over all clients: whoever guesses can have many addresses
+RULE = "rule"  # stands in the registry for decisions that nobody made
 MAX_NAME = 64
 MAX_FORM_BYTES = 4096
 MESSAGES = {
     HTTPStatus.OK: "",
-    HTTPStatus.BAD_REQUEST: "Give a name.",
+    HTTPStatus.BAD_REQUEST: "Give a name of yours.",
     HTTPStatus.FORBIDDEN: "This form was too old. Try again.",
     HTTPStatus.UNAUTHORIZED: "That is not the password.",
     HTTPStatus.TOO_MANY_REQUESTS: "Too many wrong passwords, from here or elsewhere. Wait a minute.",
@@ -109,7 +109,7 @@ class Login:
         token = request.cookies.get(_cookie(request, "login"), "")
         if not token or not hmac.compare_digest(token.encode(), fields.get("token", "").encode()):
             status = HTTPStatus.FORBIDDEN
-        elif not name or len(name) > MAX_NAME or not name.isprintable():
+        elif not name or len(name) > MAX_NAME or not name.isprintable() or name == RULE:
             status = HTTPStatus.BAD_REQUEST
         else:
             status = await self._check(fields.get("password", ""))
@@ -172,6 +172,6 @@ def _basic_password(header: str) -> str:
     scheme, _, value = header.partition(" ")
     try:
         text = base64.b64decode(value, validate=True).decode(errors="replace") if scheme.lower() == "basic" else ""
-    except binascii.Error:
+    except ValueError:  # binascii.Error is one, and what is not ASCII another
         return ""
     return text.partition(":")[2]

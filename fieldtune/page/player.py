@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Any
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 import numpy as np
 from nicegui import events, ui
 from starlette.requests import Request
 
-from bridge.messages import RULES
 from fieldtune.page import actions
 from fieldtune.page.episodes import STATUS_COLOURS
-from fieldtune.page.frame import act, frame, line_chart, name_of, pressed, set_lines, when
+from fieldtune.page.frame import REFRESH_S, act, every, frame, line_chart, name_of, pressed, set_lines, when
+from fieldtune.page.logged import Logged
 from fieldtune.page.view import RunView
-from runtime.episode import Episode, Label
+from runtime.episode import Label
 from runtime.episode_file import EpisodeError
 from runtime.index import EpisodeRow
 
@@ -41,15 +40,22 @@ def register(view: RunView) -> None:
             if row is None:
                 ui.label(f"There is no episode {episode} in {view.run.episodes}.")
                 return
+            players: list[Player] = []
+            _show(view, name, row, players)
+            place = ui.column().classes("w-full gap-4")
+        # The page is there before the file has been read, which may take long.
+        await ui.context.client.connected()
+        with place:
             try:
-                logged = await asyncio.to_thread(view.episode, episode)
-            except EpisodeError as error:
-                logged = None
+                logged = await asyncio.to_thread(view.logged, episode)
+            except (LookupError, EpisodeError) as error:
                 ui.label(str(error)).classes("text-red")
-            _show(view, name, row, logged)
+                return
+            if logged.decisions:
+                players.append(Player(row, logged))
 
 
-def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> None:
+def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player]) -> None:
     with ui.row().classes("w-full items-center gap-2"):
         ui.label(row.task).classes("text-lg font-medium")
         status = ui.badge()
@@ -67,7 +73,6 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
             ui.button(f"{value} ({shortcut})", color=colour, on_click=lambda v=value: give(v)).props(
                 "dense no-caps outline"
             ).classes("px-2")
-    player = Player(row, logged) if logged and logged.decisions else None
 
     async def refresh() -> None:
         now = await asyncio.to_thread(view.episode_row, row.episode)
@@ -93,20 +98,21 @@ def _show(view: RunView, name: str, row: EpisodeRow, logged: Episode | None) -> 
             await give(KEYS[typed])
         elif typed in ("n", "o"):
             await go(-1 if typed == "n" else 1)
-        elif player and typed == " ":
-            player.toggle()
-        elif player and typed in ("ArrowLeft", "ArrowRight"):
-            player.move(-1 if typed == "ArrowLeft" else 1)
+        for player in players:
+            if typed == " ":
+                player.toggle()
+            elif typed in ("ArrowLeft", "ArrowRight"):
+                player.move(-1 if typed == "ArrowLeft" else 1)
 
     ui.add_body_html(SPACE_PLAYS)
     ui.keyboard(key, ignore=["input", "select", "textarea"])
-    ui.timer(0.0, refresh, once=True)
+    every(2 * REFRESH_S, refresh)
 
 
 class Player:
     """What each decision saw, and what was sent."""
 
-    def __init__(self, row: EpisodeRow, logged: Episode) -> None:
+    def __init__(self, row: EpisodeRow, logged: Logged) -> None:
         self._episode, self._decisions = row.episode, logged.decisions
         self._at = 0
         with ui.row().classes("w-full gap-2"):
@@ -150,25 +156,14 @@ class Player:
         decision = self._decisions[self._at]
         self._what.text = f"step {decision.step}, decision {decision.number}, {decision.version[:12]}"
         for camera, image in self._cameras.items():
-            image.set_source(f"/frame/{self._episode}/{self._at}/{quote(camera, safe='')}.jpg")
+            image.set_source("/frame.jpg?" + urlencode({"episode": self._episode, "at": self._at, "camera": camera}))
 
 
-def _actions_chart(logged: Episode) -> None:
-    """What was really sent, by step, with the steps that the safety stage changed."""
-    names = logged.start.spec.action.names[:SHOWN_ELEMENTS]
-    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    changed: dict[str, list[float]] = {}
-    for decision in logged.decisions:
-        for i, action in enumerate(decision.sent):
-            step = decision.step + decision.start + i
-            for name, value in zip(names, action, strict=False):
-                lines[name].append((step, round(float(value), 4)))
-            bits = int(decision.rules[i]) if decision.rules is not None else 0
-            for bit, rule in enumerate(RULES):
-                if bits >> bit & 1:
-                    changed.setdefault(rule, []).append(step)
+def _actions_chart(logged: Logged) -> None:
+    """What was really sent, by step, and how many steps the safety stage changed."""
     chart = line_chart("actions sent, by step")
-    set_lines(chart, {name: points for name, points in lines.items() if points})
+    names = logged.start.spec.action.names[:SHOWN_ELEMENTS]
+    set_lines(chart, {name: [(step, action[i]) for step, action in logged.sent] for i, name in enumerate(names)})
+    changed = "; ".join(f"{rule} {len(steps)} steps, first at {steps[0]}" for rule, steps in logged.changed.items())
     if changed:
-        marks: dict[str, Any] = {rule: f"{len(steps)} steps, first at {steps[0]:g}" for rule, steps in changed.items()}
-        ui.label("safety stage: " + "; ".join(f"{rule} {text}" for rule, text in marks.items())).classes("text-sm")
+        ui.label(f"safety stage: {changed}").classes("text-sm")

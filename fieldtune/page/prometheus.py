@@ -111,7 +111,9 @@ def _logged(log: LogStats) -> Iterator[Metric]:
     yield _counter("log_written_bytes", "Written to the disk", log.written_bytes)
     yield _gauge("log_queued_bytes", "Waiting for the disk", log.queued_bytes)
     yield _gauge(
-        "log_error", "Whether anything went wrong since the log was opened; /healthz says what", bool(log.error)
+        "log_error",
+        "Whether anything went wrong since the log was opened",
+        bool(log.error),
     )
 
 

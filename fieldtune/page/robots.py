@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from urllib.parse import quote
+from urllib.parse import urlencode
 
 from nicegui import events, ui
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from bridge.messages import Command
 from fieldtune.commands.status import recent_results
 from fieldtune.page import actions
-from fieldtune.page.frame import COLOURS, REFRESH_S, act, frame, name_of, pressed
+from fieldtune.page.frame import COLOURS, REFRESH_S, act, every, frame, name_of, pressed
 from fieldtune.page.running import Running
 from fieldtune.page.view import RunView
 from runtime.status import Status
@@ -48,7 +48,8 @@ def register(view: RunView) -> None:
                 summary.text += "evaluation run without it."
             alarms.text = _alarms(now) if now else ""
             empty.visible = not robots and now is not None
-            for gone in [client for client in cards if client not in robots]:
+            # While the runtime is silent the robots may well be there.
+            for gone in [client for client in cards if now and client not in robots]:
                 cards.pop(gone).delete()
             for client, state in sorted(robots.items()):
                 if client not in cards:
@@ -64,12 +65,12 @@ def register(view: RunView) -> None:
         async def key(event: events.KeyEventArguments) -> None:
             command = KEYS.get(pressed(event))
             if command and len(cards) == 1:
-                await act(partial(actions.order, view, command, next(iter(cards))))
+                await next(iter(cards.values())).order(command)
             elif command:
                 ui.notify("the keys are for one robot; here are several, or none")
 
-        ui.timer(REFRESH_S, refresh)
-        ui.timer(CAMERAS_S, look)
+        every(REFRESH_S, refresh)
+        every(CAMERAS_S, look)
         ui.keyboard(key, ignore=["input", "select", "textarea"])
 
 
@@ -77,7 +78,7 @@ class RobotCard:
     """One robot."""
 
     def __init__(self, view: RunView, client: str) -> None:
-        self._client = client
+        self._view, self._client = view, client
         self._cameras: dict[str, ui.interactive_image] = {}
         self._shown = ("", 0)
         with ui.card().classes("w-full") as self._card:
@@ -90,9 +91,14 @@ class RobotCard:
                 self._instruction = ui.tooltip()
             with ui.row().classes("gap-2"):
                 for key, command in KEYS.items():
-                    order = partial(actions.order, view, command, client)
-                    button = ui.button(f"{command} ({key})", color=BUTTONS[command], on_click=partial(act, order))
+                    order = partial(self.order, command)
+                    button = ui.button(f"{command} ({key})", color=BUTTONS[command], on_click=order)
                     button.props("dense no-caps outline").classes("px-2")
+
+    async def order(self, command: Command) -> None:
+        """Give an order; a verdict is for the episode that is shown."""
+        episode = self._shown[0] if command in ("success", "failure", "end") else ""
+        await act(partial(actions.order, self._view, command, self._client, episode))
 
     def delete(self) -> None:
         """The robot has left."""
@@ -109,7 +115,8 @@ class RobotCard:
         if running is None:
             return
         start, shown = running.start, (running.start.episode, running.decision)
-        self._episode.text = f"{start.task}, step {running.step}, version {running.version[:12]}"
+        over = "ended: " if running.ended else ""
+        self._episode.text = f"{over}{start.task}, step {running.step}, version {running.version[:12]}"
         self._instruction.text = start.instruction
         if shown == self._shown:
             return
@@ -120,8 +127,8 @@ class RobotCard:
                     image = ui.interactive_image().classes("camera w-40 sm:w-56")
                     image.tooltip(camera)
                     self._cameras[camera] = image
-            source = f"/camera/{quote(self._client, safe='')}/{quote(camera, safe='')}.jpg"
-            self._cameras[camera].set_source(f"{source}?{shown[0]}-{shown[1]}")
+            query = urlencode({"client": self._client, "camera": camera, "of": f"{shown[0]}-{shown[1]}"})
+            self._cameras[camera].set_source(f"/camera.jpg?{query}")
 
 
 def _summary(now: Status) -> str:

@@ -24,6 +24,7 @@ class Running:
     step: int = 0
     """Environment step of the last decision."""
     decision: int = 0
+    ended: bool = False
     images: dict[str, UInt8] = field(default_factory=dict)
     """Camera -> uint8 `[H, W, 3]`, what the last decision saw."""
 
@@ -53,6 +54,8 @@ class OpenEpisodes:
         with self._lock:
             paths = [*self._directory.glob(f"*{SUFFIX}")]
             self._offsets = {path: self._offsets.get(path, 0) for path in paths}
+            for path, running in self._running.items():
+                running.ended = path not in self._offsets
             self._running = {path: running for path, running in self._running.items() if path in self._offsets}
             for path in paths:
                 # Torn at the end: it is being written, the next look has the rest. Gone: it has just ended.

@@ -11,7 +11,7 @@ from nicegui import ui
 from starlette.requests import Request
 
 from fieldtune.page import actions
-from fieldtune.page.frame import REFRESH_S, STAGE_COLOURS, act_if_sure, frame, name_of, when
+from fieldtune.page.frame import REFRESH_S, STAGE_COLOURS, act_if_sure, every, frame, name_of, when
 from fieldtune.page.view import RunView, VersionLine
 from runtime.status import Status
 
@@ -47,7 +47,7 @@ def register(view: RunView) -> None:
             with ui.card().classes("w-full"):
                 with ui.row().classes("w-full items-center gap-2"):
                     ui.label("Versions").classes("text-lg font-medium")
-                    ui.label("success and steps as the robots run, exploring, with 95 % intervals").classes(
+                    ui.label("as the robots run, exploring, with 95 % intervals; select one for its figures").classes(
                         "text-sm opacity-70"
                     )
                     ui.space()
@@ -64,13 +64,16 @@ def register(view: RunView) -> None:
         def selected() -> str:
             return str(table.selected[0]["id"]) if table.selected else ""
 
+        # Which version it is about is settled before the question is asked: it may be another one by the answer.
         async def ask_promote() -> None:
-            version = selected()
+            now = await asyncio.to_thread(view.status)
+            version = selected() or (now.staging.get("candidate", "") if now else "")
             what = version[:12] or "the canary"
             await act_if_sure(f"Make {what} live now?", partial(actions.govern, view, "promote", version, name))
 
         async def ask_back() -> None:
-            version = selected()
+            now = await asyncio.to_thread(view.status)
+            version = selected() or (now.previous if now else "")
             what = version[:12] or "the version before the live one"
             await act_if_sure(f"Go back to {what} now?", partial(actions.govern, view, "rollback", version, name))
 
@@ -108,7 +111,7 @@ def register(view: RunView) -> None:
             pin.text = "Unpin" if by else "Pin"
             canary.show(now)
 
-        ui.timer(REFRESH_S, refresh)
+        every(REFRESH_S, refresh)
 
 
 class CanaryCard:
@@ -116,9 +119,10 @@ class CanaryCard:
 
     def __init__(self, view: RunView, name: str) -> None:
         async def ask_reject() -> None:
-            await act_if_sure("End the canary? Its version will not go live.", reject)
+            reject = partial(actions.govern, view, "reject", self._candidate, name)
+            await act_if_sure(f"End the canary {self._candidate[:12]}? It will not go live.", reject)
 
-        reject = partial(actions.govern, view, "reject", "", name)
+        self._candidate = ""
         with ui.card().classes("w-full") as self._card:
             with ui.row().classes("w-full items-center"):
                 ui.label("Canary").classes("text-lg font-medium")
@@ -142,6 +146,7 @@ class CanaryCard:
         self._card.visible = bool(evidence)
         if not evidence or now is None:
             return
+        self._candidate = now.staging["candidate"]
         self._what.text = f"{now.staging['candidate'][:12]} beside {now.version[:12]}"
         sides = [
             f"{name} {share:.2f} of {evidence[f'{side}_episodes']}"

@@ -12,16 +12,17 @@ from functools import lru_cache
 from io import BytesIO
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from bridge.backend import UInt8
-from bridge.client import SilentError
+from bridge.errors import FieldtuneError
 from fieldtune.commands.common import run_dir
 from fieldtune.commands.status import last_metrics, runtime_status
 from fieldtune.deployment import Deployment
+from fieldtune.page.logged import Logged, read_logged
 from fieldtune.page.running import OpenEpisodes
-from runtime.episode import Episode
 from runtime.index import EpisodeIndex, EpisodeRow, Tally
-from runtime.reading import read_row
-from runtime.registry import Registry, StageChange
+from runtime.registry import LiveChange, Registry, StageChange
 from runtime.status import Status
 from trainer.statistics import Interval, wilson
 
@@ -30,7 +31,7 @@ ASK_TIMEOUT_S = 1.0
 LAST_EPISODES = 10_000  # that success and steps by version are taken over
 VERSIONS_SHOWN = 30
 CURVE_POINTS = 400
-EPISODES_KEPT = 4  # in memory, for players
+EPISODES_KEPT = 16  # in memory, without their pictures
 
 T = TypeVar("T")
 
@@ -86,20 +87,22 @@ class RunView:
         self.status = Shared(self._status)
         self.trainer = Shared(lambda: last_metrics(self.run.metrics))
         self.versions = Shared(self._versions)
+        self._curves_of: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.curves = Shared(self._curves, fresh_s=4.0)
-        self.episode = lru_cache(EPISODES_KEPT)(self._episode)
+        self.logged = lru_cache(EPISODES_KEPT)(self._logged)
 
     def _status(self) -> Status | None:
         """The runtime's counters; None while it does not answer."""
         try:
             return runtime_status(self.deployment, ASK_TIMEOUT_S)
-        except SilentError:
+        except (FieldtuneError, msgspec.ValidationError):  # silent, or no runtime of this version
             return None
 
     def _versions(self) -> list[VersionLine]:
         """The newest versions that drove or are to drive, the newest first; the live one is among them."""
         rows = self.registry.list()
-        latest: dict[str, StageChange] = {change.version: change for change in self.registry.stages()}
+        latest: dict[str, LiveChange | StageChange] = {change.version: change for change in self.registry.history()}
+        latest |= {change.version: change for change in self.registry.stages()}
         tallies = self.index.tallies(LAST_EPISODES)
         shown = rows[-VERSIONS_SHOWN:] + [row for row in rows[:-VERSIONS_SHOWN] if row.live]
         return [
@@ -115,17 +118,20 @@ class RunView:
         ]
 
     def _curves(self) -> list[dict[str, Any]]:
-        """The trainer's metrics, thinned out to what a plot can show."""
-        if not self.run.metrics.exists():
-            return []
-        lines = self.run.metrics.read_bytes().splitlines()
-        keep = {*range(0, len(lines), max(1, len(lines) // CURVE_POINTS)), len(lines) - 1}
+        """The trainer's metrics, thinned out to what a plot can show; the same list while the file is the same."""
+        path = self.run.metrics
+        size = path.stat().st_size if path.exists() else 0
+        if size == self._curves_of[0]:
+            return self._curves_of[1]
+        lines = path.read_bytes().splitlines() if size else []
+        keep = {*range(0, len(lines), max(1, math.ceil(len(lines) / CURVE_POINTS))), len(lines) - 1}
         found = []
-        for i in sorted(keep):
+        for i in sorted(keep) if lines else ():
             try:
                 found.append(json.loads(lines[i]))
             except ValueError:
                 continue  # it is being written just now
+        self._curves_of = size, found
         return found
 
     def episode_row(self, episode: str) -> EpisodeRow | None:
@@ -136,14 +142,27 @@ class RunView:
         """The id of the episode that was stored just before this one (`older` 1) or just after it (-1)."""
         return self.index.next_to(row.seq, older)
 
-    def _episode(self, episode: str) -> Episode | None:
-        """The episode as it was logged; None if there is none. Raises `EpisodeError` for a file that is gone."""
+    def _logged(self, episode: str) -> Logged:
+        """An episode of the log. Raises `LookupError` if there is none, `EpisodeError` for a file that is gone."""
         row = self.index.get(episode)
-        return read_row(self.index, row) if row else None
+        if row is None:
+            raise LookupError(f"no episode {episode}")
+        return read_logged(self.index.path(row))
+
+    def picture(self, episode: str, at: int, camera: str) -> UInt8:
+        """What decision `at` of an episode saw; raises as `logged` does."""
+        found: Logged = self.logged(episode)
+        return found.picture(at, camera)
 
 
 def version_line(
-    tallies: Sequence[Tally], *, version: str, number: int, live: bool, change: StageChange | None, since_unix_s: float
+    tallies: Sequence[Tally],
+    *,
+    version: str,
+    number: int,
+    live: bool,
+    change: LiveChange | StageChange | None,
+    since_unix_s: float,
 ) -> VersionLine:
     """Sum up the episodes of one version."""
     counts = {tally.status: tally for tally in tallies if tally.status not in ("aborted", "unjudged")}
@@ -160,9 +179,9 @@ def version_line(
         version=version,
         number=number,
         live=live,
-        stage=change.stage if change else "live" if live else "",
+        stage=change.stage if isinstance(change, StageChange) else "live" if live else "",
         why=change.why if change else "",
-        who=change.who if change else "",
+        who=change.who if isinstance(change, StageChange) else "",
         since_unix_s=change.unix_s if change else since_unix_s,
         episodes=episodes,
         success=successes / episodes if episodes else None,

@@ -184,6 +184,16 @@ def test_labels_given_on_the_page_are_in_the_log_and_are_what_the_trainer_takes(
     first = scene.metrics()[0]
     # Four were judged, and one discarded.
     assert (first["episodes"], first["success"]) == (4, 3 / 4)
+    # A button that was clicked does not keep the space bar, which plays.
+    page.goto(f"{scene.url}/episodes/{rows[1].episode}")
+    page.get_by_text("success", exact=True).wait_for()
+    page.get_by_role("button", name="failure (f)").click()
+    page.get_by_text("failure", exact=True).wait_for()
+    page.keyboard.press("s")
+    page.get_by_text("success", exact=True).wait_for()
+    page.keyboard.press(" ")
+    page.locator(".q-btn:has-text('pause')").or_(page.get_by_text("decision 2")).first.wait_for()
+    assert scene.row(rows[1].episode).status == "success"
     # What was said once may be said again.
     page.goto(f"{scene.url}/episodes/{rows[2].episode}")
     page.get_by_text("failure", exact=True).wait_for()
@@ -231,7 +241,7 @@ def test_versions_are_rolled_back_by_who_confirms_it(scene: Scene, page: Any) ->
     assert rolled_back() == []
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="Yes").click()
-    page.get_by_text("rollback: ").wait_for()
+    page.get_by_text("done: rollback").wait_for()
     assert len(rolled_back()) == 1
 
 
@@ -252,7 +262,7 @@ def test_health_and_metrics(scene: Scene) -> None:
 def test_what_is_not_there_is_said(scene: Scene, page: Any) -> None:
     page.goto(f"{scene.url}/episodes/none")
     page.get_by_text("There is no episode none").wait_for()
-    for path in ("/camera/nobody/top.jpg", "/frame/none/0/top.jpg"):
+    for path in ("/camera.jpg?client=no/body&camera=top", "/frame.jpg?episode=none&at=0&camera=top"):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(scene.url + path, timeout=10)
         assert caught.value.code == 404

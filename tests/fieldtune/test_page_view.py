@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from bridge.backends.point import Point, PointOptions
+from bridge.config import BackendConfig
+from fieldtune.deployment import Deployment
+from fieldtune.page.logged import read_logged
 from fieldtune.page.running import OpenEpisodes
-from fieldtune.page.view import Shared, jpeg, version_line
-from runtime.episode import FORMAT, DecisionRecord, EpisodeStart
-from runtime.episode_file import EpisodeFile
+from fieldtune.page.view import RunView, Shared, jpeg, version_line
+from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
+from runtime.episode_file import EpisodeError, EpisodeFile
 from runtime.index import Tally
 from runtime.records import frame, tensor_records
 
@@ -93,6 +96,44 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     file.write(decision(2, 2))
     episodes.look()
     assert len(seen) == len(set(seen)) == 3
+
+
+def test_a_logged_episode_is_shown_without_its_pictures_in_memory(tmp_path: Path) -> None:
+    file = EpisodeFile(log_in(tmp_path), start("a", "arm"))
+    first = tensor_records({"sent": np.full((3, 2), 0.5, np.float32), "reward": np.zeros(3, np.float32)})
+    rules = np.array([0, 1], np.uint8)
+    more = tensor_records({"sent": np.ones((2, 2), np.float32), "reward": np.zeros(2, np.float32), "rules": rules})
+    file.write(decision(1, 10))
+    file.write(ExecutedRecord(decision=1, tensors=first))
+    file.write(decision(2, 20))
+    file.write(ExecutedRecord(decision=1, start=3, tensors=more))
+    file.finish(EndRecord(status="timeout", steps=5, reason="", tensors={}))
+    path = tmp_path / "done" / "a.ep"
+    logged = read_logged(path)
+    assert [(seen.number, seen.step) for seen in logged.decisions] == [(1, 0), (2, 4)]
+    assert logged.sent == [(0, [0.5, 0.5]), (1, [0.5, 0.5]), (2, [0.5, 0.5]), (3, [1.0, 1.0]), (4, [1.0, 1.0])]
+    assert logged.changed == {"range": [4]}
+    assert [logged.picture(at, "top")[0, 0, 0] for at in (0, 1)] == [10, 20]
+    with pytest.raises(LookupError):
+        logged.picture(0, "side")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(EpisodeError, match="damaged"):
+        read_logged(path)
+    path.unlink()
+    with pytest.raises(EpisodeError, match="cannot be read"):
+        logged.picture(0, "top")
+
+
+def test_curves_are_thinned_out_and_read_anew_only_when_there_is_more(tmp_path: Path) -> None:
+    view = RunView(Deployment(name="x", backend=BackendConfig("point"), runs=str(tmp_path)))
+    assert view._curves() == []
+    view.run.trainer.mkdir(parents=True)
+    view.run.metrics.write_text("")
+    assert view._curves() == []
+    view.run.metrics.write_text("".join(f'{{"iteration": {i}}}\n' for i in range(1, 800)) + '{"torn')
+    found = view._curves()
+    assert 100 < len(found) <= 401 and found[0] == {"iteration": 1}
+    assert view._curves() is found
 
 
 def test_a_version_is_summed_up_without_what_was_aborted_or_not_judged() -> None:

@@ -190,6 +190,30 @@ def test_an_episode_is_ended_once_and_the_next_one_is_not(scene: Callable[..., S
     assert s.bridge.beat() == Orders(request=4, episode=s.robot.episode)
 
 
+def test_a_verdict_is_for_the_episode_that_it_names_and_for_no_other(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    s.bridge.beat()
+    over = s.robot.episode
+    s.robot.executed()
+    s.robot.end(s.robot.observation(s.spec), "failure")
+    assert s.operate("success") == (), "no episode is open"
+    s.robot.next()
+    assert s.operate("success", episode=over) == ()
+    assert s.bridge.beat().end == ""
+    assert s.operate("success", episode=s.robot.episode) == ("arm",)
+    assert s.bridge.orders().end == "success"
+
+
+def test_robots_of_one_name_are_told_apart_in_the_status(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    s.bridge.beat("stopped", "by its guard")
+    other = Bridge(s.serving.endpoint, "arm", "")
+    other._socket.send_multipart(encode(Watch(request=1, bridge="x", client="arm", session="", state="driving")))
+    other.orders()
+    assert s.serving.status()["robots"] == {"arm": "stopped: by its guard", "arm (2)": "driving"}
+    other.close()
+
+
 def test_a_robot_that_waits_for_the_operator_is_not_silent(scene: Callable[..., Scene]) -> None:
     s = scene(session_timeout_s=1.0)
     deadline_s = time.monotonic() + 2.5

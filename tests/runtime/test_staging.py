@@ -401,6 +401,15 @@ def test_promoted_by_hand(scene: Scene) -> None:
     assert scene.registry.stages() == stages
 
 
+def test_a_canary_is_rejected_by_name_and_no_other_in_its_place(scene: Scene) -> None:
+    first, second = scene.announce(0.11), scene.announce(0.12)
+    with pytest.raises(BundleError, match=f"the canary is {second[:12]} now"):
+        scene.staging.govern("reject", first, "Ada")
+    assert scene.stages(second)[-1] == "canary"
+    scene.staging.govern("reject", second, "Ada")
+    assert scene.stages(second)[-1] == "rejected"
+
+
 def test_there_must_be_something_to_be_decided(scene: Scene) -> None:
     for command in ("promote", "reject"):
         with pytest.raises(BundleError, match="no canary runs"):
