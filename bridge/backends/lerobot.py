@@ -81,7 +81,8 @@ class LeRobot:
         self._check_connected()
         if task not in self._spec.instructions:
             raise BackendError(f"there is no task {task!r} here; the tasks are {', '.join(self._spec.instructions)}")
-        self._held = None  # somebody may have moved the arm by hand
+        # Somebody may have moved the arm by hand: neither a hold nor what was sent last is where it stands.
+        self._held = self._sent = None
 
     def observe(self) -> Observation:
         """Read the robot once, all its cameras with it."""

@@ -152,6 +152,17 @@ def test_a_camera_that_is_gone_does_not_keep_the_arm_from_holding():
     assert arm.commands[-1] == dict.fromkeys(("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"), 1.0)
 
 
+def test_what_was_sent_before_a_reset_is_no_place_to_hold_at():
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    backend.reset(next(iter(backend.spec.instructions)), 0)
+    arm.missing = TimeoutError("no frame for 1000 ms")
+    sent = len(arm.commands)
+    with pytest.raises(BackendError, match="emergency stop or cut its power"):
+        backend.stop()
+    assert len(arm.commands) == sent
+
+
 def test_a_cable_that_is_pulled_is_said_and_stop_says_that_it_could_not():
     backend, arm = connected()
     backend.apply(vector(1, 1, 1))
