@@ -130,7 +130,9 @@ def unplugged(bench: Bench) -> str:
         with suppress(BackendError):  # it may say that it could not reach the robot
             other.stop()
     finally:
-        other.close()
+        with suppress(BackendError):
+            other.close()
+    _never_raises(other.close, "close() after a close() of what is gone")
     found = f"is noticed within {noticed_s:.2g} s; stop() and close() still work"
     if noticed_s > UNPLUGGED_S:
         raise Verdict("warned", found, f"give each call a deadline below {UNPLUGGED_S:g} s")

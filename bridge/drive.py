@@ -173,6 +173,8 @@ def drive(
     finally:
         summary.drive_s = time.monotonic() - started_s
         watcher.close()
-        backend.stop()
-        backend.close()
+        try:
+            backend.stop()
+        finally:
+            backend.close()
     return summary

@@ -58,6 +58,8 @@ class Guard:
         self._device = threading.Lock()
         self._latch = threading.Lock()
         self._safe = True  # whether the backend's stop() has returned since the robot was stopped
+        self._why_not_safe = ""
+        self._resetting = False
         self._halted = False  # the episode was stopped; only `begin` lifts that, a reset does not bring it back
         self._armed = False
         self._episode = ""
@@ -76,7 +78,11 @@ class Guard:
             self._raise_if_stopped()
             self._halted = False
             self._episode, self.ending, self.holding = episode, "", ""
-        reset()
+        self._resetting = True
+        try:
+            reset()
+        finally:
+            self._resetting = False
         self._raise_if_halted()
         self.stage.restart()
         self._heard_s = self.clock()
@@ -119,11 +125,13 @@ class Guard:
             action, rule = self.stage.keep_inside(action)
             sent = np.asarray(self._backend.apply(action), np.float32)
             self.stage.sent(action)
-            if self._halted:
-                # The stop could not wait for this action, which may have undone it.
-                self._backend.stop()
-                self._raise_if_halted()
-            return sent, rule
+        if self._halted:
+            # The stop could not wait for this action, which may have undone it.
+            with self._latch:
+                self._safe = False
+                self._stop_latched()
+            self._raise_if_halted()
+        return sent, rule
 
     def outcome(self) -> Outcome:
         """The backend's status and reward."""
@@ -147,10 +155,16 @@ class Guard:
         self._raise_if_halted()
 
     def rest(self, *, stop: bool) -> None:
-        """The episode is over: the dead-man does not watch any more, and the backend is stopped if asked."""
+        """The episode is over: the dead-man does not watch any more, and the backend is stopped if asked.
+
+        One that cannot be stopped is a robot that may move on: it is stopped for good, and asked until it is.
+        """
         self._armed, self._episode, self.ending, self.holding = False, "", "", ""
         if stop:
-            self._stop_backend()
+            try:
+                self._stop_backend()
+            except Exception as error:  # noqa: BLE001 - a backend's own; the stop below goes on asking
+                self.stop(f"after its episode: {error}")
 
     # --- for the operator -----------------------------------------------------------------------------------------
 
@@ -160,7 +174,7 @@ class Guard:
             if self.stopped:
                 return
             # Before anything else: from here on the loop sends nothing.
-            self.stopped, self._halted, self._safe = why, True, False
+            self.stopped, self._halted, self._safe, self._why_not_safe = why, True, False, ""
             self._stop_latched()
         self._warn(f"stopped: {why}; `fieldtune operator CONFIG reset` lets it go on")
 
@@ -186,7 +200,10 @@ class Guard:
     def state(self) -> tuple[RobotState, str]:
         """What the robot does, and why if that is not to drive."""
         if self.stopped:
-            return "stopped", self.stopped
+            # "stopped" is what the operator relies on.
+            if self._why_not_safe:
+                return "stopping", f"{self.stopped}; {self._why_not_safe}"
+            return "stopped" if self._safe else "stopping", self.stopped
         if self.holding:
             return "holding", self.holding
         if self.paused:
@@ -263,12 +280,20 @@ class Guard:
                 self._device.release()
 
     def _stop_latched(self) -> None:
-        """With the latch held. A backend that cannot stop now is asked again at the next tick."""
+        """With the latch held. A backend that cannot stop now is asked again at the next tick, and so is one that is
+        being reset: that may have begun to move it just after it was stopped.
+        """
+        resetting = self._resetting
         try:
             self._stop_backend()
-            self._safe = True
         except Exception as error:  # noqa: BLE001 - a backend's own; whatever it is, the next tick tries again
-            self._warn(f"cannot stop, trying again: {error}")
+            if not self._why_not_safe:
+                self._warn(f"cannot stop, trying again: {error}")
+            self._why_not_safe = f"cannot stop: {error}"
+        else:
+            if self._why_not_safe:
+                self._warn("stopped now")
+            self._safe, self._why_not_safe = not resetting, ""
 
     def _raise_if_stopped(self) -> None:
         if self.stopped:

@@ -35,7 +35,8 @@ Code = Literal[
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
 Governing = Literal["promote", "reject", "pin", "unpin", "rollback"]
-RobotState = Literal["idle", "driving", "paused", "holding", "stopped"]
+RobotState = Literal["idle", "driving", "paused", "holding", "stopping", "stopped"]
+"""stopping: it is to be stopped, and has not confirmed it."""
 RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold", "starved")
 """The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
 

@@ -55,10 +55,10 @@ class Operator:
         session = self._sessions.by_id.get(message.session)
         if session is None:
             return
-        if message.state in ("paused", "stopped"):
+        if message.state in ("paused", "stopping", "stopped"):
             # Its loop waits for the operator, so it is not silent.
             session.last_seen_s = robot.seen_s
-        if message.state == "stopped":
+        if message.state in ("stopping", "stopped"):
             self._abort(session, f"stopped: {message.why}")
 
     def operate(self, identity: bytes, message: Operate) -> None:

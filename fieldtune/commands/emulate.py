@@ -19,7 +19,8 @@ Faults = Annotated[
     tyro.conf.UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="FAULT",
-        help="missing=ID, overload=ID, overheat=ID, voltage=ID, corrupt=N (every Nth answer), delay_ms=T; repeatable",
+        help="missing=ID, overload=ID, overheat=ID, voltage=ID, corrupt=N (every Nth answer), delay_ms=T, "
+        "lost=N (broadcasts); repeatable",
     ),
 ]
 

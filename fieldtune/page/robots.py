@@ -108,7 +108,7 @@ class RobotCard:
         """What it says of itself."""
         name, _, why = state.partition(": ")
         self._state.text, self._why.text = name, why
-        self._state.props(f"color={COLOURS.get(name, 'grey')}")
+        self._state.props(f"color={COLOURS.get(name, 'red')}")
 
     def look(self, running: Running | None) -> None:
         """What it sees and does now; the last picture stays between two episodes."""

@@ -20,6 +20,7 @@ ENOUGH_S = 30.0
 TICK_S = 1 / ROBOT.control_hz
 SIMULATOR = replace(ROBOT, paced=False)
 STILL = f32(0, 0)
+RESET = "`fieldtune operator CONFIG reset` lets it go on"
 
 
 class Guarded:
@@ -204,7 +205,60 @@ def test_a_backend_that_cannot_stop_is_asked_until_it_does() -> None:
     g.guard.stop("a hand")
     g.pass_time(0.5)
     assert g.robot.calls == ["stop"] * 3
-    assert g.warnings.count("cannot stop, trying again: no answer") == 2
+    told = [text for text in g.warnings if "stop" in text]
+    assert told[:2] == ["cannot stop, trying again: no answer", "stopped: a hand; " + RESET]
+    assert told[2:] == ["stopped now"], "once, and not with every tick"
+
+
+def test_stopped_is_said_once_the_backend_has_stopped() -> None:
+    fails = [OSError("no answer")]
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    g = Guarded(Robot(on={"stop": stop}))
+    g.begin()
+    g.guard.stop("a hand")
+    assert g.guard.state == ("stopping", "a hand; cannot stop: no answer")
+    g.guard.tick()
+    assert g.guard.state == ("stopped", "a hand")
+
+
+def test_a_robot_that_cannot_be_stopped_after_its_episode_stays_stopped() -> None:
+    fails = [OSError("no answer")] * 2
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    g = Guarded(Robot(on={"stop": stop}))
+    g.begin()
+    g.guard.rest(stop=True)
+    assert g.guard.state == ("stopping", "after its episode: no answer; cannot stop: no answer")
+    g.guard.tick()
+    assert g.guard.state == ("stopped", "after its episode: no answer")
+    with pytest.raises(StoppedError):
+        g.begin("e2")
+
+
+def test_a_stop_just_before_a_reset_is_repeated_until_that_has_ended() -> None:
+    g = Guarded()
+
+    def reset() -> None:
+        g.guard.stop("a hand")
+        g.robot.reset("t", 0)  # it begins to move although it was told to stop
+        assert g.guard.state == ("stopping", "a hand")
+        g.guard.tick()
+        assert g.robot.calls[-1] == "stop"
+
+    with pytest.raises(StoppedError, match="a hand"):
+        g.guard.begin("e1", reset)
+    g.guard.tick()
+    assert g.guard.state == ("stopped", "a hand")
+    stops = g.robot.calls.count("stop")
+    g.guard.tick()
+    assert g.robot.calls.count("stop") == stops == 3
 
 
 def test_an_action_that_was_under_way_at_the_stop_is_followed_by_another_stop() -> None:

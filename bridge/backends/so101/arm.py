@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from contextlib import suppress
 
 import numpy as np
 
@@ -33,6 +31,9 @@ from bridge.backends.so101.targets import ARRIVED, Targets
 
 SETTLE_S = 2.0
 """How long joints have to arrive once they have been told."""
+
+CATCH_UP = 1.25
+"""How much quicker than the goals joints may be on the way home, so that one that lags comes up with them."""
 
 _TIP = ("tip_x", "tip_y", "tip_z", "target_x", "target_y", "target_z")
 
@@ -62,8 +63,6 @@ class SO101:
         self._emulated: EmulatedPort | None = None
         self._servos: Servos | None = None
         self._cameras: dict[str, OpenCVCamera] = {}
-        self._halted = threading.Event()
-        self._halted.set()
         self._positions = self._home
 
     @property
@@ -96,7 +95,12 @@ class SO101:
             names = dict(zip(self._calibration.ids, self._calibration.names, strict=True))
             port = SerialPort(path, options.baud)
             bus = Bus(port, names, timeout_s=options.timeout_ms / 1000, retries=options.retries)
-            self._servos = Servos(bus, self._calibration, round(options.max_speed_deg_s * TICKS_PER_DEG))
+            self._servos = Servos(
+                bus,
+                self._calibration,
+                max_speed_ticks_s=round(options.max_speed_deg_s * TICKS_PER_DEG),
+                slow_ticks_s=round(CATCH_UP * options.home_speed_deg_s * TICKS_PER_DEG),
+            )
             self._servos.check()
             self._positions = self._servos.positions()
             self._targets.sent(self._positions.astype(np.float64))
@@ -104,7 +108,8 @@ class SO101:
                 for camera in options.cameras:
                     self._cameras[camera.name] = OpenCVCamera(camera)
         except BaseException:
-            self.close()
+            # Not `close`: an arm that is held up must not fall because a camera is missing.
+            self._shut()
             raise
 
     def reset(self, task: str, seed: int) -> None:
@@ -118,7 +123,6 @@ class SO101:
             raise BackendError(f"so101 has no task {task!r} here; its tasks: {known}")
         if seed < 0:
             raise BackendError(f"seed {seed} is negative; seeds are 0 or more")
-        self._halted.clear()
         self._positions = servos.enable()
         start = self._home
         if self._reach is not None:
@@ -147,14 +151,10 @@ class SO101:
         size = len(self._calibration.names)
         if np.shape(action) != (size,) or not np.isfinite(action).all():
             raise BackendError(f"an action of so101 is {size} finite numbers, not {action!r}")
-        if self._halted.is_set():
+        if servos.stopped:
             raise BackendError("so101 is stopped; call reset() before apply()")
         goal = self._targets.after(action, self._positions)
         servos.goals(goal)
-        if self._halted.is_set():
-            # A stop came from another thread in between; its hold may have gone out before these goals.
-            self.stop()
-            raise BackendError("so101 was stopped")
         sent = self._targets.sent(goal)
         self._positions = servos.positions()
         return sent
@@ -172,26 +172,37 @@ class SO101:
         return self._targets.hold(self._positions)
 
     def stop(self) -> None:
-        """As `on_stop` says; from any thread. A port that is gone is no error here: the next call of any other method
-        says so."""
-        self._halted.set()
+        """As `on_stop` says; from any thread, and before anything that another one wants of the bus. Raises
+        `BackendError` where a servo has not confirmed it: then only a person can.
+        """
         servos = self._servos
         if servos is None:
             return
-        with suppress(BackendError):
+        try:
             if self._options.on_stop == "hold":
                 servos.hold()
             else:
                 servos.release()
+        except BackendError as error:
+            raise BackendError(f"{error}; it may still move: use its emergency stop or cut its power") from error
 
     def close(self) -> None:
-        """Torque as `on_close` says, then close port and cameras. Idempotent."""
-        self._halted.set()
+        """Torque as `on_close` says, then close port and cameras. Idempotent. Raises `BackendError`, with all closed,
+        where a servo has not confirmed that it let go.
+        """
+        servos = self._servos
+        try:
+            if servos is not None and self._options.on_close == "limp":
+                servos.release()
+        except BackendError as error:
+            raise BackendError(f"{error}; its motors may still have torque") from error
+        finally:
+            self._shut()
+
+    def _shut(self) -> None:
+        """Close port and cameras; torque stays as it is."""
         servos, self._servos = self._servos, None
         if servos is not None:
-            with suppress(BackendError):
-                if self._options.on_close == "limp":
-                    servos.release()
             servos.close()
         while self._cameras:
             self._cameras.popitem()[1].close()
@@ -220,17 +231,18 @@ class SO101:
         return self._servos
 
     def _move(self, servos: Servos, home: Float32) -> None:
-        """All joints arrive together, the one with the longest way at `home_speed_deg_s`."""
+        """All joints arrive together, the one with the longest way at `home_speed_deg_s`. The servos keep to that speed
+        themselves: a joint that begins beyond its range has its first goal far away.
+        """
         start, period_s = self._positions, 1.0 / self._options.control_hz
         longest = float(np.abs(home - start).max())
         steps = max(1, math.ceil(longest / (self._options.home_speed_deg_s * period_s)))
         settle = math.ceil(SETTLE_S / period_s)
         for step in range(1, steps + settle):
-            if self._halted.is_set():
-                self.stop()
+            if servos.stopped:
                 raise BackendError("so101 was stopped on its way home")
             goal = start + (home - start).astype(np.float64) * min(1.0, step / steps)
-            servos.goals(goal)
+            servos.goals(goal, slow=True)
             self._targets.sent(goal)
             time.sleep(period_s)
             self._positions = servos.positions()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bridge.backend import BackendError
@@ -46,7 +47,8 @@ class BusCounts:
 
 
 class Bus:
-    """The servos on one port, by id. Several threads may use it: a transaction is never mixed with another.
+    """The servos on one port, by id. Several threads may use it: a transaction is never mixed with another, and what
+    must not wait goes `first`.
 
     Requests have no numbers. An answer that comes after its deadline can therefore be taken for that of the repeated
     request: it is then older than it seems, by `(1 + retries) * timeout_s` at most.
@@ -60,6 +62,7 @@ class Bus:
         self._retries = retries
         self._decoder = Decoder()
         self._lock = threading.Lock()
+        self._turn = threading.RLock()
         self._requests = self._repeated = self._timeouts = self._strangers = 0
 
     @property
@@ -88,29 +91,40 @@ class Bus:
         self._need(servos, answers)
         return answers
 
-    def try_sync_read(self, servos: Sequence[int], address: int, size: int) -> dict[int, Answer]:
-        """The same from whoever answers."""
-        return self._ask(servos, lambda missing: packets.sync_read(missing, address, size), size)
+    def try_sync_read(self, servos: Sequence[int], address: int, size: int, *, once: bool = False) -> dict[int, Answer]:
+        """The same from whoever answers; with `once` in a single attempt."""
+        attempts = 1 if once else None
+        return self._ask(servos, lambda missing: packets.sync_read(missing, address, size), size, attempts)
 
     def sync_write(self, address: int, data: Mapping[int, bytes]) -> None:
-        """The same registers of several servos at once. None acknowledges it: the next read tells what became of it."""
-        with self._lock:
+        """The same registers of several servos at once. None acknowledges it: a read tells what became of it."""
+        with self._turn, self._lock:
             self._requests += 1
             self._port.write(packets.sync_write(address, data))
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Meanwhile only this thread's requests go out. One attempt that is under way is waited for, and no more."""
+        with self._turn:
+            yield
 
     def close(self) -> None:
         """Close the port; idempotent."""
         with self._lock:
             self._port.close()
 
-    def _ask(self, servos: Sequence[int], request: _Request, size: int) -> dict[int, Answer]:
+    def _ask(
+        self, servos: Sequence[int], request: _Request, size: int, attempts: int | None = None
+    ) -> dict[int, Answer]:
         """Answers of `size` bytes by servo, of those who gave one within all attempts."""
         answers: dict[int, Answer] = {}
-        for attempt in range(1 + self._retries):
+        for attempt in range(1 + self._retries if attempts is None else attempts):
             missing = [servo for servo in servos if servo not in answers]
             if not missing:
                 break
-            # Given back between attempts, so that a stop from another thread waits for one attempt at most.
+            # Whoever is `first` has its turn between two attempts; a lock alone might come back to this thread.
+            with self._turn:
+                pass
             with self._lock:
                 self._requests += 1
                 self._repeated += attempt > 0

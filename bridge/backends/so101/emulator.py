@@ -120,6 +120,8 @@ class Faults:
     """Every so-manieth answer has a flipped bit; 0: none."""
     delay_s: float = 0.0
     """Before answers are sent."""
+    lost: int = 0
+    """So many of the next sync writes, which nobody acknowledges, are heard by nobody."""
 
 
 class EmulatedArm:
@@ -143,12 +145,13 @@ class EmulatedArm:
         return b"".join(self._answer(packet) for packet in self._decoder.feed(data))
 
     def set_fault(self, text: str) -> None:
-        """`missing=ID`, `overload=ID`, `overheat=ID`, `voltage=ID`, `corrupt=N`, `delay_ms=T`, or `clear`.
+        """`missing=ID`, `overload=ID`, `overheat=ID`, `voltage=ID`, `corrupt=N`, `delay_ms=T`, `lost=N`, or
+        `clear`.
 
         Raises `ConfigError` for anything else.
         """
         kind, _, value = text.strip().partition("=")
-        known = ("missing", *FLAGS, "corrupt", "delay_ms", "clear")
+        known = ("missing", *FLAGS, "corrupt", "delay_ms", "lost", "clear")
         if kind not in known or (kind == "clear") == bool(value) or not (value.isdecimal() or kind == "clear"):
             raise ConfigError(f"fault {text.strip()!r}: expected one of {', '.join(known)}; KIND=NUMBER but for clear")
         if kind in ("missing", *FLAGS) and int(value) not in self.servos:
@@ -162,6 +165,8 @@ class EmulatedArm:
             self.faults.missing.add(int(value))
         elif kind == "corrupt":
             self.faults.corrupt_every = int(value)
+        elif kind == "lost":
+            self.faults.lost = int(value)
         elif kind == "delay_ms":
             self.faults.delay_s = int(value) / 1000
         else:
@@ -176,6 +181,9 @@ class EmulatedArm:
             address, size = parameters[:2]
             present = [(servo, self._present(servo)) for servo in parameters[2:]]
             return b"".join(self._status(own, servo.read(address, size)) for own, servo in present if servo)
+        if packet.code == Instruction.SYNC_WRITE and self.faults.lost:
+            self.faults.lost -= 1
+            return b""
         if packet.code == Instruction.SYNC_WRITE and len(parameters) >= 2:
             address, size = parameters[:2]
             for start in range(2, len(parameters) - size, size + 1):

@@ -12,7 +12,7 @@ from bridge.backends.so101 import registers as r
 from bridge.backends.so101.bus import Answer, Bus, BusCounts, BusError
 from bridge.backends.so101.calibration import Calibration
 
-_RELEASES = 3
+_TELLS = 3
 
 
 class ServoFaultError(BackendError):
@@ -22,13 +22,20 @@ class ServoFaultError(BackendError):
 class Servos:
     """All joints at once, in the order of the calibration."""
 
-    def __init__(self, bus: Bus, calibration: Calibration, max_speed_ticks_s: int) -> None:
-        """`max_speed_ticks_s` goes out with every goal, so that a servo that lost power for a moment has it again."""
+    def __init__(self, bus: Bus, calibration: Calibration, *, max_speed_ticks_s: int, slow_ticks_s: int) -> None:
+        """A speed limit goes out with every goal, so that a servo that lost power for a moment has it again.
+
+        `slow_ticks_s` is that of the way home, and of joints that are to stay where they are: beyond the limits that a
+        servo keeps itself it goes back to them all the same.
+        """
         self._bus = bus
         self._calibration = calibration
-        self._speed = r.GOAL_TIME.encode(0) + r.GOAL_SPEED.encode(max_speed_ticks_s)
+        self._max_speed_ticks_s = max_speed_ticks_s
+        self._slow_ticks_s = min(slow_ticks_s, max_speed_ticks_s)
         self._names = dict(zip(calibration.ids, calibration.names, strict=True))
         self._seen_ticks: dict[int, int] = {}
+        self.stopped = True
+        """No goals are sent: before the first `enable`, and since `hold` or `release`."""
 
     @property
     def counts(self) -> BusCounts:
@@ -68,34 +75,45 @@ class Servos:
                 raise ServoFaultError(self._fault(servo, reading))
         return self._positions(readings)
 
-    def goals(self, positions: Float32 | NDArray[np.float64]) -> None:
-        """Send the joints there `[joints]`, within their ranges and not faster than they may."""
-        ticks = self._calibration.ticks(positions)
-        self._send(dict(zip(self._calibration.ids, ticks.tolist(), strict=True)))
+    def goals(self, positions: Float32 | NDArray[np.float64], *, slow: bool = False) -> None:
+        """Send the joints there `[joints]`, within their ranges and not faster than they may. Nobody acknowledges it:
+        the next tick sends new ones. Raises `BackendError` where they are stopped.
+        """
+        ticks = dict(zip(self._calibration.ids, self._calibration.ticks(positions).tolist(), strict=True))
+        # Under the turn of a stop, so that none goes out behind it.
+        with self._bus.first():
+            self._check_going()
+            self._bus.sync_write(r.GOAL_POSITION.address, self._goal_data(ticks, slow=slow))
 
     def enable(self) -> Float32:
-        """Torque on, where the joints are now: they do not move. Returns where that is. Raises as `positions`."""
-        readings = self._read()
-        # Without this a servo would run to the goal it had before its torque went.
-        self._send({servo: reading.position_ticks for servo, reading in readings.items()})
+        """Torque on, where the joints are now: they do not move. Returns where that is. Raises as `positions`, and
+        `BusError` for a servo that has not taken its goal: it would run to the one that it had before.
+        """
+        self.stopped = False
+        ticks = {servo: reading.position_ticks for servo, reading in self._read().items()}
+        self._tell(r.GOAL_POSITION.address, self._goal_data(ticks, slow=True), "to stay where it is")
         for servo in self._calibration.ids:
-            self._bus.write(servo, r.TORQUE_ENABLE, 1)
+            with self._bus.first():
+                self._check_going()
+                self._bus.write(servo, r.TORQUE_ENABLE, 1)
         return self.positions()
 
     def hold(self) -> None:
-        """Have every joint stay where it is; one that does not answer where it was last seen. Raises `PortError`."""
-        self._decode(self._bus.try_sync_read(self._calibration.ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE))
-        if self._seen_ticks:
-            self._send(self._seen_ticks)
+        """Have every joint stay where it is; one that does not answer where it was last seen. Goes before what other
+        threads want. Raises `BusError` naming those that have not confirmed it, `PortError`.
+        """
+        with self._bus.first():
+            self.stopped = True
+            ids = self._calibration.ids
+            self._decode(self._bus.try_sync_read(ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE, once=True))
+            self._tell(r.GOAL_POSITION.address, self._goal_data(self._seen_ticks, slow=True), "to stay where it is")
 
     def release(self) -> None:
-        """Torque off, told to all at once; told again if one says that it did not hear it. Raises `PortError`."""
-        register, ids = r.TORQUE_ENABLE, self._calibration.ids
-        for _ in range(_RELEASES):
-            self._bus.sync_write(register.address, dict.fromkeys(ids, register.encode(0)))
-            answers = self._bus.try_sync_read(ids, register.address, register.size)
-            if not any(register.decode(answer.data) for answer in answers.values()):
-                return
+        """Torque off. Raises as `hold`."""
+        with self._bus.first():
+            self.stopped = True
+            off = dict.fromkeys(self._calibration.ids, r.TORQUE_ENABLE.encode(0))
+            self._tell(r.TORQUE_ENABLE.address, off, "to let go")
 
     def close(self) -> None:
         """Close the bus; idempotent."""
@@ -109,9 +127,27 @@ class Servos:
         self._seen_ticks.update({servo: reading.position_ticks for servo, reading in readings.items()})
         return readings
 
-    def _send(self, ticks: Mapping[int, int]) -> None:
-        data = {servo: r.GOAL_POSITION.encode(int(goal)) + self._speed for servo, goal in ticks.items()}
-        self._bus.sync_write(r.GOAL_POSITION.address, data)
+    def _check_going(self) -> None:
+        if self.stopped:
+            raise BackendError("so101 was stopped")
+
+    def _goal_data(self, ticks: Mapping[int, int], *, slow: bool) -> dict[int, bytes]:
+        """Goal, time and speed of each servo, as they lie side by side."""
+        speed = r.GOAL_TIME.encode(0) + r.GOAL_SPEED.encode(self._slow_ticks_s if slow else self._max_speed_ticks_s)
+        return {servo: r.GOAL_POSITION.encode(int(goal)) + speed for servo, goal in ticks.items()}
+
+    def _tell(self, address: int, data: Mapping[int, bytes], what: str) -> None:
+        """Write registers of several servos until each has them: nobody acknowledges that, so they are read back."""
+        left = dict(data)
+        for _ in range(_TELLS):
+            self._bus.sync_write(address, left)
+            size = len(next(iter(left.values())))
+            answers = self._bus.try_sync_read([*left], address, size, once=True)
+            left = {servo: own for servo, own in left.items() if servo not in answers or answers[servo].data != own}
+            if not left:
+                return
+        who = ", ".join(self._who(servo) for servo in left)
+        raise BusError(f"{who} was told {what} and has not confirmed it in {_TELLS} attempts", tuple(left))
 
     def _positions(self, readings: Mapping[int, r.Reading]) -> Float32:
         ticks: NDArray[np.int64] = np.array([readings[servo].position_ticks for servo in self._calibration.ids])
