@@ -8,7 +8,7 @@ from typing import Any
 from nicegui import ui
 from starlette.requests import Request
 
-from fieldtune.page.frame import REFRESH_S, every, frame, name_of, when
+from fieldtune.page.frame import REFRESH_S, column, every, frame, name_of, when
 from fieldtune.page.view import RunView
 from runtime.index import EpisodeRow
 
@@ -16,14 +16,14 @@ LAST = 500
 STATUSES = ["all", "unjudged", "success", "failure", "timeout", "aborted"]
 STATUS_COLOURS = {"success": "green", "failure": "red", "timeout": "orange", "unjudged": "blue", "aborted": "grey"}
 COLUMNS = [
-    {"name": "when", "label": "ended", "field": "when", "align": "left"},
-    {"name": "task", "label": "task", "field": "task", "align": "left"},
-    {"name": "status", "label": "status", "field": "status", "align": "left"},
-    {"name": "steps", "label": "steps", "field": "steps", "align": "right"},
-    {"name": "version", "label": "version", "field": "version", "align": "left"},
-    {"name": "robot", "label": "robot", "field": "robot", "align": "left"},
-    {"name": "by", "label": "labelled by", "field": "by", "align": "left"},
-    {"name": "reason", "label": "", "field": "reason", "align": "left"},
+    column("when", "ended"),
+    column("task"),
+    column("status"),
+    column("steps", align="right"),
+    column("version"),
+    column("robot"),
+    column("by", "labelled by"),
+    column("reason", ""),
 ]
 STATUS_CELL = '<q-td :props="props"><q-badge :color="props.row.colour" :label="props.row.status" /></q-td>'
 

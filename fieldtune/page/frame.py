@@ -21,14 +21,7 @@ from fieldtune.page.view import RunView
 PAGES = {"/": "Robots", "/versions": "Versions", "/learning": "Learning", "/episodes": "Episodes"}
 REFRESH_S = 1.0
 FEW_POINTS = 20  # are drawn as dots too: one alone makes no line
-COLOURS = {
-    "driving": "green",
-    "idle": "grey",
-    "paused": "orange",
-    "holding": "orange",
-    "stopping": "red",
-    "stopped": "red",
-}
+COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange"}  # all others: red
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
 # Of their own, so that a stop never waits behind what is only looked at.
 ACTIONS = ThreadPoolExecutor(4, thread_name_prefix="action")
@@ -149,6 +142,11 @@ def when(unix_s: float) -> str:
     moment = time.localtime(unix_s)
     today = moment[:3] == time.localtime()[:3]
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M", moment)
+
+
+def column(name: str, label: str | None = None, align: str = "left", **more: str) -> dict[str, str]:
+    """One column of a table, for the values of that name in its rows."""
+    return {"name": name, "field": name, "label": name if label is None else label, "align": align, **more}
 
 
 def line_chart(title: str, *, y_max: float | None = None) -> ui.echart:

@@ -11,19 +11,19 @@ from nicegui import ui
 from starlette.requests import Request
 
 from fieldtune.page import actions
-from fieldtune.page.frame import REFRESH_S, STAGE_COLOURS, act_if_sure, every, frame, name_of, when
+from fieldtune.page.frame import REFRESH_S, STAGE_COLOURS, act_if_sure, column, every, frame, name_of, when
 from fieldtune.page.view import RunView, VersionLine
 from runtime.status import Status
 
 COLUMNS = [
-    {"name": "version", "label": "version", "field": "version", "align": "left"},
-    {"name": "stage", "label": "stage", "field": "stage", "align": "left"},
-    {"name": "success", "label": "success", "field": "success", "align": "left"},
-    {"name": "steps", "label": "steps", "field": "steps", "align": "left"},
-    {"name": "episodes", "label": "episodes", "field": "episodes", "align": "right"},
-    {"name": "since", "label": "since", "field": "since", "align": "left"},
-    {"name": "who", "label": "by", "field": "who", "align": "left"},
-    {"name": "why", "label": "why", "field": "why", "align": "left", "style": "white-space: normal; min-width: 14rem"},
+    column("version"),
+    column("stage"),
+    column("success"),
+    column("steps"),
+    column("episodes", align="right"),
+    column("since"),
+    column("who", "by"),
+    column("why", style="white-space: normal; min-width: 14rem"),
 ]
 STAGE_CELL = """
 <q-td :props="props"><q-badge :color="props.row.colour" :label="props.row.stage" v-if="props.row.stage" /></q-td>

@@ -224,9 +224,12 @@ def test_the_robot_is_seen_and_obeys(scene: Scene, page: Any) -> None:
 
 
 def test_versions_are_rolled_back_by_who_confirms_it(scene: Scene, page: Any) -> None:
-    for row in scene.index.list(limit=12, status="unjudged"):
-        scene.index.label(row.episode, "success", "somebody")
-    scene.until(lambda: len(scene.registry.served()) >= 2, "second version")
+    def judge() -> bool:
+        for row in scene.index.list(limit=12, status="unjudged"):
+            scene.index.label(row.episode, "success", "somebody")
+        return len(scene.registry.served()) >= 2
+
+    scene.until(judge, "second version")
     page.goto(f"{scene.url}/versions")
     page.get_by_role("cell", name=scene.registry.first().version[:12]).wait_for()
 
