@@ -337,6 +337,12 @@ def _ignore(_error: str | None) -> None:
     """For ends that nobody waits for."""
 
 
+def require_unclaimed(directory: Path) -> None:
+    """Raise `EpisodeLogError` if a process logs in this directory, which need not exist."""
+    if (directory / "lock").exists():
+        _claim(directory).close()
+
+
 def _claim(directory: Path) -> IO[str]:
     """Lock the directory for this process; the lock goes with the file, or with the process."""
     file = (directory / "lock").open("a+")

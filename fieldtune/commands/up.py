@@ -26,6 +26,7 @@ from fieldtune.install import install_to_train
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
 from runtime.durable import write_atomic
+from runtime.episodes import require_unclaimed
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -150,8 +151,9 @@ def run_to_the_end(this: Up) -> int:
 
 
 def put_aside(this: Up) -> None:
-    """Move an earlier run of this name to NAME.old-TIME."""
+    """Move an earlier run of this name to NAME.old-TIME. Raises `EpisodeLogError` while its runtime runs."""
     if this.run.path.exists():
+        require_unclaimed(this.run.episodes)
         aside = this.run.path.with_name(f"{this.deployment.name}.old-{int(time.time())}")
         shutil.move(this.run.path, aside)
         this.say(f"the earlier run is in {aside}")

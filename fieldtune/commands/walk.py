@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from fieldtune.walk.deploying import (
     reject_in_canary,
     start_from_weak,
 )
-from fieldtune.walk.walking import Walk
+from fieldtune.walk.walking import Step, Walk, WalkError
 from runtime.supervisor import stop_on_signals
 
 CONFIG = "walk"
@@ -54,14 +55,19 @@ def walk(
         try:
             put_to_work(this, start_from_weak(this))
             refuse_broken(this)
-            reject_at_gate(this)
+            rejected = reject_at_gate(this)
             reject_in_canary(this)
-            version = promote_good(this)
+            version = promote_good(this, rejected)
             relabelled = relabel(this, version)
             export_and_import(this, version, relabelled)
+        except WalkError as error:
+            if not this.steps or up.stop.is_set():
+                raise
+            this.check(str(error), False)
         finally:
             this.end_all()
     failed = [f"{number}. {step.title}: {text}" for number, step in enumerate(this.steps, 1) for text in step.failed]
+    settings = [f"--set {shlex.quote(setting)}" for setting in overrides]
     minutes = (time.monotonic() - started_s) / 60
     if as_json:
         print_json({"steps": [_plain(step) for step in this.steps], "failed": failed, "minutes": minutes})
@@ -70,10 +76,10 @@ def walk(
     else:
         this.tell(
             f"\nall {len(this.steps)} steps went as they must, in {minutes:.1f} minutes; "
-            f"the run is in {up.run.path}, and `fieldtune page walk` shows it"
+            f"the run is in {up.run.path}, and `{' '.join(['fieldtune page walk', *settings])}` shows it"
         )
     return 1 if failed else 0
 
 
-def _plain(step: Any) -> dict[str, Any]:
+def _plain(step: Step) -> dict[str, Any]:
     return {"title": step.title, "page": step.page, "failed": step.failed, **step.figures}

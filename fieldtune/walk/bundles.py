@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -59,7 +58,7 @@ def broken_copy(source: Path, target: Path) -> Path:
 
     No writer of bundles makes one like this; a trainer that has diverged, or a disk, might.
     """
-    parts: dict[str, Any] = {part.name: part.read_bytes() for part in source.iterdir()}
+    parts: dict[str, bytes] = {part.name: part.read_bytes() for part in source.iterdir()}
     weights = load(parts["weights.safetensors"])
     parts["weights.safetensors"] = save(weights | {name: np.full_like(weights[name], np.nan) for name in HEAD})
     target.mkdir(parents=True)

@@ -24,7 +24,7 @@ class RoundTrip(Struct, kw_only=True):
     """Of these, without success: they show nothing and are not imported."""
     imported: int = 0
     steps: int = 0
-    """Of the imported ones, whose actions are equal."""
+    """Of all episodes of the dataset, whose actions are equal to what was sent."""
     observations: int = 0
     images: int = 0
     differences: list[str]
@@ -33,8 +33,8 @@ class RoundTrip(Struct, kw_only=True):
 def compare_round_trip(
     log: EpisodeIndex, rows: Sequence[EpisodeRow], dataset: LeRobotReader, demos: EpisodeIndex
 ) -> RoundTrip:
-    """Compare logged episodes `rows`, in the order in which they were exported, with the dataset and with `demos`, the
-    log that the dataset was imported into.
+    """Compare logged episodes `rows`, in the order in which they were exported, with the dataset (success and what was
+    sent at every step) and with `demos`, the log that the dataset was imported into (that, states and pixels too).
 
     One episode of each is in memory at a time.
     """
@@ -49,6 +49,12 @@ def compare_round_trip(
                 f"{row.episode}: {row.status} after {row.steps} steps in the log, success {meta['success']} after "
                 f"{meta['length']} in the dataset"
             )
+    for row, exported in zip(rows, dataset.episodes(["action"], []), strict=False):
+        sent = _sent(read_episode(log.path(row)))
+        if np.array_equal(sent, exported.columns["action"]):
+            done.steps += len(sent)
+        else:
+            wrong.append(f"{row.episode}: the actions in the dataset differ")
     successes = [row for row in rows if row.status == "success"]
     done.failures = len(rows) - len(successes)
     back = demos.after(0, limit=len(rows) + 1)
@@ -63,13 +69,18 @@ def compare_round_trip(
     return done
 
 
+def holds(demos: EpisodeIndex, episode: Episode) -> bool:
+    """Whether one of the demonstrations is this episode: it has its actions, and no other has them to the bit."""
+    sent = _sent(episode)
+    return any(np.array_equal(sent, _sent(read_episode(demos.path(row)))) for row in demos.after(0, limit=10**9))
+
+
 def _difference(logged: Episode, back: Episode, done: RoundTrip) -> str:
     """The first thing that differs; what is equal is counted in `done`."""
     if (logged.start.task, logged.start.instruction) != (back.start.task, back.start.instruction):
         return f"told {back.start.instruction!r} for {back.start.task}, was {logged.start.instruction!r}"
     if not np.array_equal(_sent(logged), _sent(back)):
         return "the actions that were sent differ"
-    done.steps += len(_sent(logged))
     # What was decided on but never played, when the episode had ended, is no row of a dataset.
     seen, again = _played(logged), _played(back)
     if [decision.step for decision in seen] != [decision.step for decision in again]:
@@ -87,7 +98,8 @@ def _difference(logged: Episode, back: Episode, done: RoundTrip) -> str:
 
 def _sent(episode: Episode) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """What was sent, `[steps, d]`."""
-    return np.concatenate([decision.sent for decision in _played(episode)])
+    d = len(episode.start.spec.action.names)
+    return np.concatenate([np.zeros((0, d), np.float32), *(decision.sent for decision in episode.decisions)])
 
 
 def _played(episode: Episode) -> list[Decision]:

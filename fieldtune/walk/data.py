@@ -13,9 +13,10 @@ from fieldtune.data.export import Wanted, export
 from fieldtune.data.importing import import_demos
 from fieldtune.data.lerobot_export import LeRobotExport
 from fieldtune.data.lerobot_reading import LeRobotReader
-from fieldtune.walk.comparison import compare_round_trip
+from fieldtune.walk.comparison import compare_round_trip, holds
 from fieldtune.walk.walking import Walk, WalkError
 from runtime.index import EpisodeIndex
+from runtime.reading import read_episode
 from runtime.rundir import RunDir
 from trainer.checkpoint import TrainerState, load_checkpoint
 
@@ -36,9 +37,11 @@ def relabel(walk: Walk, version: str) -> str:
     saved = SavedState(walk.run.trainer / "checkpoint.pt")
     walk.start(trainer)
     what = f"{ENOUGH} successes of {version[:12]} of one task in the trainer's buffer"
-    walk.until(lambda: len(saved.most_of(version)) >= ENOUGH, what, TRAINER_S, trainer)
-    before, iteration = saved.episodes(), saved().iteration
-    own = saved.most_of(version)
+    walk.until(lambda: len(most_of(saved.read(), version)) >= ENOUGH, what, TRAINER_S, trainer)
+    # One state for all that is said of it: the trainer may write the next one at any time.
+    state = saved.state
+    assert state is not None
+    before, own = buffered(state), most_of(state, version)
     chosen, neighbours = own[len(own) // 2], [own[len(own) // 2 - 1], own[len(own) // 2 + 1]]
     was = walk.index.get(chosen)
     row = walk.index.label(chosen, "failure", getpass.getuser())
@@ -48,11 +51,12 @@ def relabel(walk: Walk, version: str) -> str:
         f"one of {len(before)}; now it is a {row.status}, says {row.labelled_by}",
         (was is not None and was.status, row.status) == ("success", "failure"),
     )
-    walk.until(
-        lambda: saved().labels >= number, "the iteration of the trainer that takes up the label", TRAINER_S, trainer
-    )
-    after = saved.episodes()
-    walk.check(f"after iteration {saved().iteration} the buffer has it no more", chosen not in after)
+    what = "the iteration of the trainer that takes up the label"
+    walk.until(lambda: (newest := saved.read()) is not None and newest.labels >= number, what, TRAINER_S, trainer)
+    later = saved.state
+    assert later is not None
+    after = buffered(later)
+    walk.check(f"after iteration {later.iteration} the buffer has it no more", chosen not in after)
     walk.check(f"those before and after it are still there: {' '.join(neighbours)}", set(neighbours) <= after)
     left = before - after
     walk.check(f"{len(before) - len(left)} of the {len(before)} that were in it still are", left == {chosen})
@@ -62,7 +66,7 @@ def relabel(walk: Walk, version: str) -> str:
         "task": row.task,
         "labelled_by": row.labelled_by,
         "neighbours": neighbours,
-        "iterations": [iteration, saved().iteration],
+        "iterations": [state.iteration, later.iteration],
         "buffer_before": len(before),
         "buffer_after": len(after),
         "left": sorted(left),
@@ -71,35 +75,33 @@ def relabel(walk: Walk, version: str) -> str:
 
 
 class SavedState:
-    """The trainer's state as its checkpoint has it, read again when that has changed."""
+    """The trainer's state as its checkpoint has it."""
 
     def __init__(self, path: Path) -> None:
         """`path` need not be there yet."""
         self._path, self._read_ns = path, 0
-        self._state: TrainerState | None = None
+        self.state: TrainerState | None = None
+        """As it was last read."""
 
-    def __call__(self) -> TrainerState:
-        """The state; there is one once `most_of` has given anything."""
-        self._read()
-        assert self._state is not None
-        return self._state
-
-    def episodes(self) -> set[str]:
-        """The episodes in the demonstration buffer."""
-        return {entry["episode"] for entries in self().buffer["entries"].values() for entry in entries}
-
-    def most_of(self, version: str) -> list[str]:
-        """The buffer's episodes that `version` drove, of the task that has most of them, in order of admission."""
-        self._read()
-        entries = self._state.buffer["entries"] if self._state else {}
-        own = [[e["episode"] for e in of_task if e["versions"] == [version]] for of_task in entries.values()]
-        return max(own, key=len, default=[])
-
-    def _read(self) -> None:
+    def read(self) -> TrainerState | None:
+        """Read it again if it has changed; None before the first."""
         changed_ns = self._path.stat().st_mtime_ns if self._path.exists() else 0
         if changed_ns != self._read_ns:
             checkpoint = load_checkpoint(self._path)
-            self._state, self._read_ns = checkpoint.state if checkpoint else None, changed_ns
+            self.state, self._read_ns = checkpoint.state if checkpoint else None, changed_ns
+        return self.state
+
+
+def buffered(state: TrainerState) -> set[str]:
+    """The episodes in the demonstration buffer."""
+    return {entry["episode"] for entries in state.buffer["entries"].values() for entry in entries}
+
+
+def most_of(state: TrainerState | None, version: str) -> list[str]:
+    """The buffer's episodes that `version` drove, of the task that has most of them, in order of admission."""
+    entries = state.buffer["entries"] if state else {}
+    own = [[e["episode"] for e in of_task if e["versions"] == [version]] for of_task in entries.values()]
+    return max(own, key=len, default=[])
 
 
 def export_and_import(walk: Walk, version: str, relabelled: str) -> None:
@@ -130,12 +132,16 @@ def export_and_import(walk: Walk, version: str, relabelled: str) -> None:
         raise WalkError("stopped")
     trip = compare_round_trip(walk.index, rows, reader, EpisodeIndex(again.demos))
     walk.check(
-        f"equal: the success of {trip.episodes} episodes; of those imported {trip.steps} steps and their actions, "
-        f"{trip.observations} observations, {trip.images} images",
+        f"equal: success and actions of {trip.episodes} episodes, {trip.steps} steps; of those imported "
+        f"{trip.observations} states and {trip.images} images",
         not trip.differences,
     )
     for difference in trip.differences:
         walk.check(difference, False)
-    (label,) = [meta["success"] for meta in map(reader.meta, range(len(reader))) if meta["episode"] == relabelled]
-    walk.check(f"{relabelled} is in the dataset with success {label}, and was not imported", label is False)
+    labels = [meta["success"] for meta in map(reader.meta, range(len(reader))) if meta["episode"] == relabelled]
+    told = f"with success {labels[0]}" if labels else "not"
+    walk.check(f"{relabelled} is in the dataset: {told}", labels == [False])
+    row = walk.index.get(relabelled)
+    there = row is None or holds(EpisodeIndex(again.demos), read_episode(walk.index.path(row)))
+    walk.check(f"it is {'' if there else 'not '}among the imported demonstrations", not there)
     step.figures = {"dataset": str(dataset), **msgspec.to_builtins(trip)}

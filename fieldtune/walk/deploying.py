@@ -48,7 +48,8 @@ def put_to_work(walk: Walk, weak: str) -> None:
     )
     successes, episodes = walk.success(weak)
     share = successes / episodes
-    walk.check(f"version {weak[:12]} is live: success {share:.2f} in {episodes} episodes", 0.1 <= share <= 0.8)
+    walk.check(f"version {weak[:12]} is live", walk.registry.live() == weak)
+    walk.check(f"its success: {share:.2f} in {episodes} episodes", 0.1 <= share <= 0.8)
     step.figures = {"version": weak, "episodes": episodes, "success": share}
 
 
@@ -70,8 +71,8 @@ def refuse_broken(walk: Walk) -> None:
     step.figures = {"refusal": refusal}
 
 
-def reject_at_gate(walk: Walk) -> None:
-    """A policy with the wrong sign is found before a robot moves."""
+def reject_at_gate(walk: Walk) -> str:
+    """A policy with the wrong sign is found before a robot moves; returns its version."""
     step = walk.begin(
         "A candidate with the wrong sign",
         "/versions",
@@ -83,8 +84,8 @@ def reject_at_gate(walk: Walk) -> None:
     last = walk.stage(version)
     rejected = last is not None and last.stage == "rejected" and last.why.startswith("gate:")
     walk.check(f"{version[:12]} {_told(last)}", rejected)
-    walk.check(f"episodes that it drove: {walk.drives(version)}", walk.drives(version) == 0)
     step.figures = {"version": version, **_figures(last)}
+    return version
 
 
 def reject_in_canary(walk: Walk) -> None:
@@ -105,8 +106,8 @@ def reject_in_canary(walk: Walk) -> None:
     step.figures = {"version": version, "drove": walk.drives(version), **_figures(last)}
 
 
-def promote_good(walk: Walk) -> str:
-    """The policy that ships is promoted by the rule; returns its version."""
+def promote_good(walk: Walk, flipped_one: str) -> str:
+    """The policy that ships is promoted by the rule; returns its version. What the gate rejected has driven nothing."""
     step = walk.begin(
         "A good candidate",
         "/versions",
@@ -125,10 +126,13 @@ def promote_good(walk: Walk) -> str:
         lambda: walk.success(version)[1] >= before[1] + AFTERWARDS_EPISODES,
         f"{AFTERWARDS_EPISODES} episodes of {version[:12]}",
         EPISODES_S,
-        walk.runtime,
+        walk.robots[0],
     )
     successes, episodes = (now - then for now, then in zip(walk.success(version), before, strict=True))
     walk.check(f"success since: {successes / episodes:.2f} in {episodes} episodes", successes / episodes > 0.7)
+    # Asked now, when episodes have ended that began after its rejection.
+    drove = walk.drives(flipped_one)
+    walk.check(f"episodes that {flipped_one[:12]} drove, of {walk.index.count()} in all: {drove}", drove == 0)
     step.figures = {
         "version": version,
         "since": {"episodes": episodes, "success": successes / episodes},
@@ -158,7 +162,9 @@ def _through_canary(walk: Walk, version: str) -> None:
         f"{version[:12]} passed the gate: {_gate(gate)}" if canary else f"{version[:12]} is no canary", bool(canary)
     )
     if canary:
-        walk.until(lambda: _ended(walk.stage(version)), f"the end of the canary {version[:12]}", CANARY_S, walk.runtime)
+        walk.until(
+            lambda: _ended(walk.stage(version)), f"the end of the canary {version[:12]}", CANARY_S, walk.robots[0]
+        )
 
 
 def _ended(last: StageChange | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import time
@@ -112,9 +113,13 @@ class Walk:
                 self._look_after_children()
 
     def _wait_for_enter(self) -> None:
-        while not select.select([sys.stdin], [], [], 0)[0]:
-            self._look_after_children()
-        sys.stdin.readline()
+        # Bytes and not lines: what a line's reader has taken ahead, no select sees. End of file goes on too.
+        descriptor = sys.stdin.fileno()
+        while True:
+            while not select.select([descriptor], [], [], 0)[0]:
+                self._look_after_children()
+            if os.read(descriptor, 1) in (b"\n", b""):
+                return
 
     def _look_after_children(self) -> None:
         if self.up.stop.wait(LOOK_S):

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ import numpy as np
 import pytest
 from data_samples import HORIZON, SPEC, log_of
 
-from fieldtune.commands.up import Up
+from fieldtune.commands.up import Up, put_aside
 from fieldtune.data.export import Wanted, export
 from fieldtune.data.importing import import_demos
 from fieldtune.data.lerobot_export import LeRobotExport
-from fieldtune.data.lerobot_reading import LeRobotReader
+from fieldtune.data.lerobot_reading import DatasetEpisode, LeRobotReader
 from fieldtune.data.mapping import DatasetConfig
 from fieldtune.deployment import load_deployment, shipped_bundles
 from fieldtune.walk.bundles import broken_copy, changed_bundle, flipped, shifted
-from fieldtune.walk.comparison import RoundTrip, compare_round_trip
+from fieldtune.walk.comparison import RoundTrip, compare_round_trip, holds
 from fieldtune.walk.walking import Walk, WalkError
 from runtime.bundle import BundleError, read_bundle
+from runtime.episodes import EpisodeLog, EpisodeLogError
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
+from runtime.reading import read_episode
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.supervisor import Child
@@ -90,7 +93,7 @@ def compared(log: EpisodeIndex, dataset: LeRobotReader, demos: EpisodeIndex) -> 
 def test_what_came_back_whole_is_counted(tmp_path: Path) -> None:
     # Two episodes of 3 decisions with two cameras; the last chunk is one action short.
     assert compared(*there_and_back(tmp_path)) == RoundTrip(
-        episodes=4, failures=2, imported=2, steps=2 * (3 * HORIZON - 1), observations=6, images=12, differences=[]
+        episodes=4, failures=2, imported=2, steps=4 * (3 * HORIZON - 1), observations=6, images=12, differences=[]
     )
 
 
@@ -122,6 +125,58 @@ def test_an_episode_that_is_missing_or_judged_otherwise_is_found(tmp_path: Path)
     assert (
         "e1: success after 11 steps in the log, success False after 11" in compared(log, dataset, demos).differences[0]
     )
+
+
+def test_an_episode_is_found_among_demonstrations_by_what_was_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, _, demos = there_and_back(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_samples, "sent", lambda step: np.array([step / 100, 0.5], np.float32))
+        other = EpisodeIndex(log_of(tmp_path / "changed", 1))
+    for index, there in ((log, True), (other, False)):
+        assert holds(demos, read_episode(index.path(index.after(0)[0]))) is there
+
+
+def test_what_failed_is_compared_with_the_dataset_too(tmp_path: Path) -> None:
+    log, dataset, demos = there_and_back(tmp_path)
+    rows = log.after(0)
+    (failed, *_) = [row for row in rows if row.status != "success"]
+    index = next(number for number in range(len(dataset)) if dataset.meta(number)["episode"] == failed.episode)
+    episodes = dataset.episodes
+
+    def other(numbers: Sequence[str], images: Sequence[str]) -> Iterator[DatasetEpisode]:
+        for episode in episodes(numbers, images):
+            if episode.number == index:
+                episode.columns["action"] = episode.columns["action"] + np.float32(0.01)
+            yield episode
+
+    dataset.episodes = other  # type: ignore[method-assign]
+    assert compared(log, dataset, demos).differences == [f"{failed.episode}: the actions in the dataset differ"]
+
+
+def test_a_run_that_runs_is_not_moved_away(tmp_path: Path) -> None:
+    up = Up(load_deployment("point", [f"runs={tmp_path}"]), "point", (), threading.Event(), True)
+    put_aside(up)
+    log = EpisodeLog(up.run.episodes)
+    with pytest.raises(EpisodeLogError, match="is logging here already; stop it first"):
+        put_aside(up)
+    assert up.run.episodes.is_dir()
+    log.close()
+    put_aside(up)
+    assert not up.run.path.exists()
+
+
+def test_each_line_is_one_enter(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"\n\n")
+    walk = Walk.__new__(Walk)
+    with os.fdopen(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for _ in range(2):
+            walk._wait_for_enter()
+        os.close(writing)
+        walk._wait_for_enter()
 
 
 # --- waiting --------------------------------------------------------------------------------------------------------
@@ -214,5 +269,8 @@ def test_ctrl_c_stops_everything(start: Any, tmp_path: Path) -> None:
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1 and "fieldtune: stopped" in told
     # Whoever lives still has the run's directory on its command line.
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            lines.append(path.read_bytes())
     assert not any(str(tmp_path).encode() in line and b"fieldtune" in line for line in lines)
