@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +25,10 @@ __all__ = ["LeRobot", "LeRobotOptions"]
 _TRIES = 3
 _LAST_TRY_S = 0.1
 """A call is repeated only so long after it was first made: the arm stays on its way meanwhile."""
+_STOP_WAIT_S = 1.0
+"""How long a stop waits for a call that is under way; a driver is not fit to be called from two threads at once."""
+_FRESH_S = 0.1
+"""A stop holds at a reading that is not older: LeRobot reads joints only together with all cameras."""
 
 
 class LeRobot:
@@ -37,11 +42,15 @@ class LeRobot:
         that is wrong.
         """
         self._options = options
-        self._robot = make_robot(options)
+        self._robot: Any = make_robot(options)
         self._spec = read_spec(self._robot.observation_features, self._robot.action_features, options)
         self._low, self._high = (np.array(x, np.float32) for x in (self._spec.action.low, self._spec.action.high))
         self._resizers: dict[tuple[int, ...], Resizer] = {}
         self._connected = False
+        self._calling = threading.RLock()
+        self._stopper: int | None = None  # the thread that waits to stop the robot, or does
+        self._halted = False  # between a stop and the next reset nothing is sent
+        self._seen: tuple[float, Mapping[str, Any]] | None = None
         self._sent: Float32 | None = None
         # While it holds, one and the same target is sent: reading a new one each time would follow a sagging arm down.
         self._held: Float32 | None = None
@@ -57,6 +66,8 @@ class LeRobot:
         """
         if self._connected:
             return
+        if self._robot is None:
+            self._robot = make_robot(self._options)
         asks = "calibrate" in inspect.signature(self._robot.connect).parameters
         try:
             self._robot.connect(**({"calibrate": False} if asks else {}))
@@ -74,7 +85,8 @@ class LeRobot:
                 f"file; run `lerobot-calibrate` for this robot, with the same id as in {OPTIONS}.config"
             )
         self._connected = True
-        self._sent = self._held = None
+        self._halted = False
+        self._sent = self._held = self._seen = None
 
     def reset(self, task: str, seed: int) -> None:
         """Nothing moves: the scene is put back by a person. `seed` chooses the wording only."""
@@ -82,7 +94,8 @@ class LeRobot:
         if task not in self._spec.instructions:
             raise BackendError(f"there is no task {task!r} here; the tasks are {', '.join(self._spec.instructions)}")
         # Somebody may have moved the arm by hand: neither a hold nor what was sent last is where it stands.
-        self._held = self._sent = None
+        self._held = self._sent = self._seen = None
+        self._halted = False
 
     def observe(self) -> Observation:
         """Read the robot once, all its cameras with it."""
@@ -96,11 +109,14 @@ class LeRobot:
         size = len(self._spec.action.names)
         if np.shape(action) != (size,) or not np.isfinite(action).all():
             raise BackendError(f"an action of {self._name} is {size} finite numbers, not {action!r}")
-        if self._held is not None and np.array_equal(action, self._held):
-            # Where the robot stands may be outside the limits; holding must not move it to them.
-            return self._send(self._held)
-        self._held = None
-        return self._send(np.clip(np.asarray(action, np.float32), self._low, self._high))
+        with self._calling:
+            if self._halted:
+                raise BackendError(f"{self._name} is stopped; call reset() before apply()")
+            if self._held is not None and np.array_equal(action, self._held):
+                # Where the robot stands may be outside the limits; holding must not move it to them.
+                return self._send(self._held)
+            self._held = None
+            return self._send(np.clip(np.asarray(action, np.float32), self._low, self._high))
 
     def outcome(self) -> Outcome:
         """Running, with no reward: a robot does not know."""
@@ -110,26 +126,36 @@ class LeRobot:
         """Float32 `[d]`: what the options say, 0 for a delta, and where the robot stands now for a position.
 
         It stays the same until another action is applied. Where the robot cannot be read any more it is what was sent
-        last.
+        last, until it can.
         """
-        if self._held is None:
-            self._held = self._find_hold()
-        return self._held.copy()
+        return self._hold_within(0.0)
 
     def stop(self) -> None:
-        """Send the hold action. Raises `BackendError` where the robot does not take it: then only a person can."""
+        """Send the hold action; from any thread. Nothing else is sent until the next `reset`. Raises `BackendError`
+        where the robot does not take it, or its driver hangs: then only a person can.
+        """
         if not self._connected:
             return
+        self._stopper = threading.get_ident()
         try:
-            self._send(self.hold_action())
+            if not self._calling.acquire(timeout=_STOP_WAIT_S):
+                raise BackendError(f"{self._name} has been in one call of its driver for over {_STOP_WAIT_S:g} s")
+            try:
+                self._halted = True
+                self._send(self._hold_within(_FRESH_S))
+            finally:
+                self._calling.release()
         except BackendError as error:
             raise BackendError(f"{error}; it may still move: use its emergency stop or cut its power") from error
+        finally:
+            self._stopper = None
 
     def close(self) -> None:
         """Disconnect. Many robots let go of their torque with that; their configuration says whether."""
         if not self._connected:
             return
         self._connected = False
+        self._sent = self._held = self._seen = None
         try:
             self._robot.disconnect()
         except Exception as error:
@@ -147,15 +173,16 @@ class LeRobot:
             raise BackendError(f"{self._name} is not connected; call connect() first")
 
     def _give_up_robot(self) -> None:
-        """Let the robot go and make a new one: LeRobot does not connect a robot that is half connected."""
+        """Let the robot go; `connect` makes a new one: LeRobot does not connect one that is half connected."""
         with contextlib.suppress(Exception):
             self._robot.disconnect()
-        self._robot = make_robot(self._options)
+        self._robot = None
 
     def _read(self) -> Mapping[str, Any]:
         reading: Mapping[str, Any] = self._ask(
             lambda: self._robot.get_observation(), "cannot be read", "check cables, power and cameras"
         )
+        self._seen = time.monotonic(), reading
         return reading
 
     def _send(self, action: Float32) -> Float32:
@@ -175,34 +202,50 @@ class LeRobot:
         The error tells the first one: those after it are often about what that left behind.
         """
         self._check_connected()
-        last_s = time.monotonic() + _LAST_TRY_S
-        first = ""
-        while True:
-            _forget_late_answers(self._robot)
-            tries -= 1
-            try:
-                return call()
-            except Exception as error:
-                first = first or said(error)
-                if tries <= 0 or time.monotonic() > last_s:
-                    raise BackendError(f"{self._name} {failed}: {first}; {mend}, then connect again") from error
+        with self._calling:
+            last_s = time.monotonic() + _LAST_TRY_S
+            first = ""
+            while True:
+                _forget_late_answers(self._robot)
+                tries -= 1
+                try:
+                    return call()
+                except Exception as error:
+                    first = first or said(error)
+                    awaited = self._stopper not in (None, threading.get_ident())
+                    if tries <= 0 or time.monotonic() > last_s or awaited:
+                        raise BackendError(f"{self._name} {failed}: {first}; {mend}, then connect again") from error
 
-    def _find_hold(self) -> Float32:
+    def _hold_within(self, fresh_s: float) -> Float32:
+        """The hold action, from a reading that is not older than `fresh_s` where there is one."""
+        self._check_connected()
+        with self._calling:
+            if self._held is not None:
+                return self._held.copy()
+            hold, known = self._find_hold(fresh_s)
+            self._held = hold if known else None
+            return hold.copy()
+
+    def _find_hold(self, fresh_s: float) -> tuple[Float32, bool]:
+        """The hold action, and whether it is where the robot stands and not what was sent last."""
         names = self._spec.action.names
         still = 0.0 if self._options.kind == "delta" else None
         hold = {name: still if still is not None else self._options.actions[name].hold for name in names}
         read = tuple(name for name, value in hold.items() if value is None)
+        known = True
         if read:
             try:
-                stands = self._numbers(self._read(), read, "get_observation").tolist()
+                fresh = self._seen is not None and time.monotonic() - self._seen[0] < fresh_s
+                reading = self._seen[1] if fresh and self._seen else self._read()
+                stands = self._numbers(reading, read, "get_observation").tolist()
             except BackendError:
                 # A camera that is gone fails the whole reading, and must not keep the arm from holding.
                 if self._sent is None:
                     raise
                 sent = dict(zip(names, self._sent.tolist(), strict=True))
-                stands = [sent[name] for name in read]
+                stands, known = [sent[name] for name in read], False
             hold.update(zip(read, stands, strict=True))
-        return np.array([hold[name] for name in names], np.float32)
+        return np.array([hold[name] for name in names], np.float32), known
 
     def _numbers(self, values: Any, names: tuple[str, ...], source: str) -> Float32:
         """The named values as float32 `[n]`."""

@@ -114,6 +114,8 @@ def _check_actions(actions: Mapping[str, Any], options: LeRobotOptions, numbers:
         where = f"{OPTIONS}.actions.{name}"
         if not (math.isfinite(action.low) and math.isfinite(action.high) and action.low < action.high):
             raise ConfigError(f"{where}: low {action.low} must be below high {action.high}, and both finite")
+        if action.hold is not None and options.kind == "delta":
+            raise ConfigError(f"{where}.hold: {action.hold}, and a delta holds at 0; leave it out")
         if action.hold is not None and not action.low <= action.hold <= action.high:
             raise ConfigError(f"{where}.hold: {action.hold} is outside the limits {action.low} to {action.high}")
         if options.kind == "absolute" and action.hold is None:

@@ -3,6 +3,8 @@
 import math
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from lerobot_robot import Arm
 
 from bridge.backend import Backend, BackendError, HasExpert
-from bridge.backends import make_backend
+from bridge.backends import lerobot, make_backend
 from bridge.backends.lerobot import LeRobot
 from bridge.backends.lerobot_features import LeRobotOptions, read_spec
 from bridge.config import BackendConfig, ConfigError, load_yaml, parse
@@ -178,7 +180,7 @@ def test_a_cable_that_is_pulled_is_said_and_stop_says_that_it_could_not():
     assert backend.observe().state.tolist() == [1.5] * 3
 
 
-def test_a_packet_that_is_lost_is_asked_for_again():
+def test_a_packet_that_is_lost_is_asked_for_again(monkeypatch):
     backend, arm = connected()
     arm.damaged = 2
     assert backend.observe().state.tolist() == [1.5] * 3
@@ -187,6 +189,7 @@ def test_a_packet_that_is_lost_is_asked_for_again():
     arm.damaged = 2
     backend.stop()
     arm.damaged = 100
+    monkeypatch.setattr(lerobot, "_LAST_TRY_S", 60.0)  # a busy computer is no slow device
     with pytest.raises(BackendError, match=r"cannot be read: ConnectionError: Failed to sync read\. \[TxRx"):
         backend.observe()
     assert arm.damaged == 97
@@ -200,6 +203,102 @@ def test_an_answer_that_came_too_late_is_not_taken_for_the_next(robot):
     arm.positions["gripper"] = 40.0
     assert backend.observe().state.tolist() == [1.5, 1.5, 40.0]
     assert backend.hold_action().tolist() == [1.5, 1.5, 40.0]
+
+
+def test_a_stop_waits_for_the_call_that_is_under_way_and_nothing_goes_out_behind_it(monkeypatch):
+    backend, arm = connected()
+    reading, go = threading.Event(), threading.Event()
+    observation = arm.get_observation
+    inside = []
+
+    def get_observation():
+        inside.append(threading.get_ident())
+        assert len(inside) == 1, "two threads in the driver at once"
+        reading.set()
+        assert go.wait(10)
+        inside.pop()
+        return observation()
+
+    arm.get_observation = get_observation
+    loop = threading.Thread(target=backend.observe)
+    loop.start()
+    assert reading.wait(10)
+    stopping = threading.Thread(target=backend.stop)
+    stopping.start()
+    time.sleep(0.05)
+    assert arm.commands == []
+    go.set()
+    loop.join(10)
+    stopping.join(10)
+    assert len(arm.commands) == 1
+    with pytest.raises(BackendError, match="is stopped; call reset"):
+        backend.apply(vector(1, 1, 1))
+    assert len(arm.commands) == 1
+    backend.reset("pick", 0)
+    backend.apply(vector(1, 1, 1))
+
+
+def test_a_stop_does_not_wait_for_a_driver_that_hangs_nor_for_the_tries_that_are_left(monkeypatch):
+    monkeypatch.setattr(lerobot, "_STOP_WAIT_S", 0.05)
+    backend, arm = connected()
+    hangs, go = threading.Event(), threading.Event()
+    calls = []
+
+    def get_observation():
+        calls.append(threading.get_ident())
+        hangs.set()
+        assert go.wait(10)
+        raise ConnectionError("no status packet")
+
+    arm.get_observation = get_observation
+
+    def observe():
+        with pytest.raises(BackendError, match="no status packet"):
+            backend.observe()
+
+    loop = threading.Thread(target=observe)
+    loop.start()
+    assert hangs.wait(10)
+    with pytest.raises(BackendError, match=r"in one call of its driver.*emergency stop"):
+        backend.stop()
+    monkeypatch.setattr(lerobot, "_STOP_WAIT_S", 10.0)
+    monkeypatch.setattr(lerobot, "_LAST_TRY_S", 60.0)
+
+    def stop():
+        with pytest.raises(BackendError, match="emergency stop"):
+            backend.stop()
+
+    waiting = threading.Thread(target=stop)
+    waiting.start()
+    deadline_s = time.monotonic() + 10
+    while backend._stopper is None:
+        assert time.monotonic() < deadline_s
+    go.set()
+    loop.join(10)
+    assert calls.count(loop.ident) == 1, "it is not tried again while a stop waits"
+    waiting.join(10)
+
+
+def test_a_stop_holds_at_what_was_just_seen_without_waiting_for_cameras(monkeypatch):
+    monkeypatch.setattr(lerobot, "_FRESH_S", 60.0)
+    backend, arm = connected()
+    backend.observe()
+    arm.missing = TimeoutError("no frame for 1000 ms")
+    backend.stop()
+    assert arm.commands == [{"shoulder_pan.pos": 1.5, "elbow_flex.pos": 1.5, "gripper.pos": 1.5}]
+
+
+def test_what_was_sent_last_is_held_at_only_until_the_robot_can_be_read():
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    arm.positions["elbow_flex"] = 0.25  # blocked on its way
+    arm.missing = TimeoutError("no frame for 1000 ms")
+    assert backend.hold_action().tolist() == [1, 1, 1]
+    arm.missing = None
+    assert backend.hold_action().tolist() == [1, 0.25, 1]
+    backend.close()
+    with pytest.raises(BackendError, match="not connected"):
+        backend.hold_action()
 
 
 def test_a_delta_is_never_sent_twice():
@@ -233,6 +332,12 @@ def test_a_velocity_holds_at_what_the_options_say():
     backend.apply(vector(0.5))
     backend.stop()
     assert base.positions == {"x.vel": 0.0}
+
+
+def test_a_delta_that_is_to_hold_elsewhere_is_refused():
+    actions = {**ACTIONS, "gripper.pos": {**ACTIONS["gripper.pos"], "hold": 1.0}}
+    with pytest.raises(ConfigError, match=r"actions.gripper.pos.hold: 1.0, and a delta holds at 0"):
+        make(kind="delta", actions=actions)
 
 
 def test_a_delta_holds_at_zero():
