@@ -124,7 +124,7 @@ class EpisodeIndex:
         """`directory` is that of the log."""
         self.directory = directory
         self._labels = directory / "labels.jsonl"
-        self._database = Database(directory / "index.sqlite", _SCHEMA, version=2)
+        self._database = Database(directory / "index.sqlite", _SCHEMA, version=3)
 
     def after(self, seq: int, limit: int = 1000) -> builtins.list[EpisodeRow]:
         """The first `limit` rows above `seq`, in order; all statuses, deleted ones too."""

@@ -66,6 +66,12 @@ class Up:
         """A child process of this deployment with its log in the run."""
         return Child(name, command, self.run.logs / f"{name}.log", niceness)
 
+    def asked_to_stop(self) -> bool:
+        """Whether it is time to stop; looks after the page meanwhile, so whoever waits calls it often."""
+        if self.page and (said := self.page.tend()):
+            warn(said)
+        return self.stop.is_set()
+
     def say(self, message: str) -> None:
         """A line for the user."""
         err.print(message)
@@ -205,7 +211,7 @@ def prepare(this: Up) -> bool:
         # Their progress bars are the user's; so their output is not sent to a log.
         child = Child(command, fieldtune_command(command, this.config, this.overrides), None)
         child.start()
-        code = child.wait(this.stop.is_set)
+        code = child.wait(this.asked_to_stop)
         if this.stop.is_set():
             return False
         if code != 0:
@@ -228,7 +234,7 @@ def require_started_from(registry: Registry, policy: str | None) -> None:
 def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None:
     """Evaluate, with the bar that says which of the two it is."""
     return evaluate_version(
-        this.deployment, this.config, this.overrides, version, this.stop.is_set, quiet=this.quiet, title=title
+        this.deployment, this.config, this.overrides, version, this.asked_to_stop, quiet=this.quiet, title=title
     )
 
 
@@ -284,14 +290,12 @@ def watch(this: Up, children: list[Child], trainer: Child) -> None:
     next_line_s = 0.0
     alive: dict[str, bool] = dict.fromkeys((child.name for child in children), True)
     with LiveTable(console=err, refresh_per_second=2, transient=False) as live:
-        while not this.stop.is_set():
+        while not this.asked_to_stop():
             for child in children:
                 if alive[child.name] and child.keep_alive(warn) == 0:
                     alive[child.name] = False
             if not alive[trainer.name]:
                 return
-            if this.page and (said := this.page.tend()):
-                warn(said)
             try:
                 now = runtime_status(this.deployment, timeout_s=1.0)
             except SilentError:

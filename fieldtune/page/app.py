@@ -93,7 +93,9 @@ def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: C
     try:
         _run(server, listener, stopped)
     finally:
-        view.run.page_url.unlink(missing_ok=True)
+        # Another page of the run may have come since.
+        if view.run.page_url.exists() and view.run.page_url.read_text() == url:
+            view.run.page_url.unlink()
         listener.close()
 
 

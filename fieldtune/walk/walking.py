@@ -122,12 +122,11 @@ class Walk:
                 return
 
     def _look_after_children(self) -> None:
-        if self.up.stop.wait(LOOK_S):
+        time.sleep(LOOK_S)
+        if self.up.asked_to_stop():
             raise WalkError("stopped")
         for child in self.children:
             child.keep_alive(warn)
-        if self.up.page and (said := self.up.page.tend()):
-            warn(said)
 
     # --- children ---------------------------------------------------------------------------------------------------
 
