@@ -14,8 +14,8 @@ from runtime.registry import StageChange
 
 SHIPPED = "mt10"
 ELEMENT, WEAK, WORSE = "dx", 0.18, 0.33
-"""Added to the mean of the element, in half ranges: on the tasks of configs/walk.yaml it then works some of the time, or
-hardly ever. Either is small enough for the gate."""
+"""Added to the mean of the element, in half ranges: on the tasks of configs/walk.yaml it then works some of the time,
+or hardly ever. Either is small enough for the gate."""
 FIRST_EPISODES = 40
 AFTERWARDS_EPISODES = 30
 EPISODES_S = 180.0
