@@ -35,7 +35,7 @@ def register(view: RunView) -> None:
     @ui.page("/episodes/{episode}")
     async def page(request: Request, episode: str) -> None:
         name = name_of(request)
-        row = await asyncio.to_thread(view.episode_row, episode)
+        row = await asyncio.to_thread(view.index.get, episode)
         with frame(view, "Episodes", name):
             if row is None:
                 ui.label(f"There is no episode {episode} in {view.run.episodes}.")
@@ -75,7 +75,7 @@ def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player]) -> N
             ).classes("px-2")
 
     async def refresh() -> None:
-        now = await asyncio.to_thread(view.episode_row, row.episode)
+        now = await asyncio.to_thread(view.index.get, row.episode)
         if now:
             status.text = now.status
             status.props(f"color={STATUS_COLOURS[now.status]}")
@@ -86,7 +86,7 @@ def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player]) -> N
         await refresh()
 
     async def go(older: int) -> None:
-        near = await asyncio.to_thread(view.neighbour, row, older)
+        near = await asyncio.to_thread(view.index.next_to, row.seq, older)
         if near:
             ui.navigate.to(f"/episodes/{near}")
         else:

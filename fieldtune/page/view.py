@@ -21,7 +21,7 @@ from fieldtune.commands.status import last_metrics, runtime_status
 from fieldtune.deployment import Deployment
 from fieldtune.page.logged import Logged, read_logged
 from fieldtune.page.running import OpenEpisodes
-from runtime.index import EpisodeIndex, EpisodeRow, Tally
+from runtime.index import EpisodeIndex, Tally
 from runtime.registry import LiveChange, Registry, StageChange
 from runtime.status import Status
 from trainer.statistics import Interval, wilson
@@ -133,14 +133,6 @@ class RunView:
                 continue  # it is being written just now
         self._curves_of = size, found
         return found
-
-    def episode_row(self, episode: str) -> EpisodeRow | None:
-        """The row of an episode as it counts now."""
-        return self.index.get(episode)
-
-    def neighbour(self, row: EpisodeRow, older: int) -> str | None:
-        """The id of the episode that was stored just before this one (`older` 1) or just after it (-1)."""
-        return self.index.next_to(row.seq, older)
 
     def _logged(self, episode: str) -> Logged:
         """An episode of the log. Raises `LookupError` if there is none, `EpisodeError` for a file that is gone."""
