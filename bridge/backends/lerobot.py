@@ -10,14 +10,14 @@ import contextlib
 import inspect
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from bridge.backend import BackendError, BackendSpec, Float32, Observation, Outcome, UInt8
 from bridge.backends.lerobot_features import OPTIONS, LeRobotOptions, read_spec
-from bridge.backends.lerobot_making import make_robot, said
+from bridge.backends.lerobot_making import forget_late_answers, make_robot, said
 from bridge.backends.resizing import Resizer
 
 __all__ = ["LeRobot", "LeRobotOptions"]
@@ -25,16 +25,17 @@ __all__ = ["LeRobot", "LeRobotOptions"]
 _TRIES = 3
 _LAST_TRY_S = 0.1
 """A call is repeated only so long after it was first made: the arm stays on its way meanwhile."""
-_STOP_WAIT_S = 1.0
-"""How long a stop waits for a call that is under way; a driver is not fit to be called from two threads at once."""
+_WAIT_S = 1.0
+"""How long a call waits for the one that another thread makes."""
 _FRESH_S = 0.1
-"""A stop holds at a reading that is not older: LeRobot reads joints only together with all cameras."""
+"""A stop holds where the robot was read so recently: LeRobot reads no joint without all the cameras."""
 
 
 class LeRobot:
     """The backend. Whether the task is done is for the operator to say: `outcome` is always running.
 
-    The robot's own errors have no class in common, so every one of them becomes a `BackendError` here.
+    The robot's own errors have no class in common, so every one of them becomes a `BackendError` here. Its calls are
+    made one at a time: on a serial bus two threads would take each other's answers.
     """
 
     def __init__(self, options: LeRobotOptions) -> None:
@@ -46,14 +47,18 @@ class LeRobot:
         self._spec = read_spec(self._robot.observation_features, self._robot.action_features, options)
         self._low, self._high = (np.array(x, np.float32) for x in (self._spec.action.low, self._spec.action.high))
         self._resizers: dict[tuple[int, ...], Resizer] = {}
+        # The actions that stand still at what is read under their names.
+        self._reads = tuple(
+            name for name, action in options.actions.items() if options.kind == "absolute" and action.hold is None
+        )
         self._connected = False
-        self._calling = threading.RLock()
-        self._stopper: int | None = None  # the thread that waits to stop the robot, or does
-        self._halted = False  # between a stop and the next reset nothing is sent
-        self._seen: tuple[float, Mapping[str, Any]] | None = None
+        self._calling = threading.Lock()  # of the robot, and of what is kept of it
+        self._stop_waits = self._halted = False
+        self._seen: tuple[float, Float32] | None = None  # when it was read last, and `_reads` then
         self._sent: Float32 | None = None
         # While it holds, one and the same target is sent: reading a new one each time would follow a sagging arm down.
         self._held: Float32 | None = None
+        self._guessed = False  # whether the hold is what was sent last, as the robot could not be read
 
     @property
     def spec(self) -> BackendSpec:
@@ -64,12 +69,15 @@ class LeRobot:
         """Connect; nothing happens if that is done. A robot that was never calibrated is refused: calibrating asks
         questions, and moves the arm.
         """
-        if self._connected:
-            return
-        if self._robot is None:
-            self._robot = make_robot(self._options)
-        asks = "calibrate" in inspect.signature(self._robot.connect).parameters
+        with self._alone():
+            if not self._connected:
+                self._connect()
+
+    def _connect(self) -> None:
         try:
+            if self._robot is None:
+                self._robot = make_robot(self._options)
+            asks = "calibrate" in inspect.signature(self._robot.connect).parameters
             self._robot.connect(**({"calibrate": False} if asks else {}))
             calibrated = getattr(self._robot, "is_calibrated", True)
         except Exception as error:
@@ -85,31 +93,33 @@ class LeRobot:
                 f"file; run `lerobot-calibrate` for this robot, with the same id as in {OPTIONS}.config"
             )
         self._connected = True
-        self._halted = False
-        self._sent = self._held = self._seen = None
 
     def reset(self, task: str, seed: int) -> None:
         """Nothing moves: the scene is put back by a person. `seed` chooses the wording only."""
         self._check_connected()
         if task not in self._spec.instructions:
             raise BackendError(f"there is no task {task!r} here; the tasks are {', '.join(self._spec.instructions)}")
-        # Somebody may have moved the arm by hand: neither a hold nor what was sent last is where it stands.
-        self._held = self._sent = self._seen = None
-        self._halted = False
+        with self._alone():
+            self._halted = False
+            # Somebody may have moved the arm by hand: neither a hold nor what was sent last is where it stands.
+            self._forget()
 
     def observe(self) -> Observation:
         """Read the robot once, all its cameras with it."""
-        reading = self._read()
+        with self._alone():
+            reading = self._read()
         state = self._numbers(reading, self._spec.state.names, "get_observation")
         return Observation({camera.name: self._image(reading, camera.name) for camera in self._spec.cameras}, state)
 
     def apply(self, action: Float32) -> Float32:
-        """Clip to the limits and send; returns float32 `[d]` as the robot says that it was sent."""
-        self._check_connected()
+        """Clip to the limits and send; returns float32 `[d]` as the robot says that it was sent. Raises `BackendError`
+        after `stop`.
+        """
         size = len(self._spec.action.names)
         if np.shape(action) != (size,) or not np.isfinite(action).all():
             raise BackendError(f"an action of {self._name} is {size} finite numbers, not {action!r}")
-        with self._calling:
+        with self._alone():
+            self._check_connected()
             if self._halted:
                 raise BackendError(f"{self._name} is stopped; call reset() before apply()")
             if self._held is not None and np.array_equal(action, self._held):
@@ -126,40 +136,46 @@ class LeRobot:
         """Float32 `[d]`: what the options say, 0 for a delta, and where the robot stands now for a position.
 
         It stays the same until another action is applied. Where the robot cannot be read any more it is what was sent
-        last, until it can.
+        last, until it can be read.
         """
-        return self._hold_within(0.0)
+        with self._alone():
+            self._check_connected()
+            return self._hold().copy()
 
     def stop(self) -> None:
-        """Send the hold action; from any thread. Nothing else is sent until the next `reset`. Raises `BackendError`
-        where the robot does not take it, or its driver hangs: then only a person can.
+        """Send the hold action, from any thread; nothing else is sent until `reset`. Raises `BackendError` where the
+        robot does not take it, or is in a call that does not end: until it succeeds only a person can stop the robot.
         """
+        # Before anything else: from here on nothing new is sent, and what fails is not tried again.
+        self._halted = True
         if not self._connected:
             return
-        self._stopper = threading.get_ident()
+        self._stop_waits = True
         try:
-            if not self._calling.acquire(timeout=_STOP_WAIT_S):
-                raise BackendError(f"{self._name} has been in one call of its driver for over {_STOP_WAIT_S:g} s")
-            try:
-                self._halted = True
-                self._send(self._hold_within(_FRESH_S))
-            finally:
-                self._calling.release()
+            with self._alone():
+                self._stop_waits = False
+                if self._connected:
+                    self._halted = True  # a reset may have had the robot first
+                    self._send(self._hold(_FRESH_S))
         except BackendError as error:
             raise BackendError(f"{error}; it may still move: use its emergency stop or cut its power") from error
         finally:
-            self._stopper = None
+            self._stop_waits = False
 
     def close(self) -> None:
         """Disconnect. Many robots let go of their torque with that; their configuration says whether."""
         if not self._connected:
             return
-        self._connected = False
-        self._sent = self._held = self._seen = None
         try:
-            self._robot.disconnect()
+            with self._alone():
+                self._connected = False
+                self._forget()
+                try:
+                    self._robot.disconnect()
+                except Exception:
+                    self._give_up_robot()
+                    raise
         except Exception as error:
-            self._give_up_robot()
             raise BackendError(
                 f"{self._name} cannot be disconnected: {said(error)}; its motors may still have torque"
             ) from error
@@ -172,17 +188,35 @@ class LeRobot:
         if not self._connected:
             raise BackendError(f"{self._name} is not connected; call connect() first")
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread is in a call of the robot. Raises `BackendError` if one does not come back from it."""
+        if not self._calling.acquire(timeout=_WAIT_S):
+            raise BackendError(f"{self._name} has been in one call of its driver for over {_WAIT_S:g} s")
+        try:
+            yield
+        finally:
+            self._calling.release()
+
+    def _forget(self) -> None:
+        """What was known of where the robot is."""
+        self._sent = self._held = self._seen = None
+
     def _give_up_robot(self) -> None:
-        """Let the robot go; `connect` makes a new one: LeRobot does not connect one that is half connected."""
+        """Let the robot go: LeRobot does not connect a robot that is half connected, so `connect` makes a new one."""
         with contextlib.suppress(Exception):
             self._robot.disconnect()
         self._robot = None
 
     def _read(self) -> Mapping[str, Any]:
-        reading: Mapping[str, Any] = self._ask(
-            lambda: self._robot.get_observation(), "cannot be read", "check cables, power and cameras"
-        )
-        self._seen = time.monotonic(), reading
+        def read() -> tuple[float, Mapping[str, Any]]:
+            return time.monotonic(), self._robot.get_observation()
+
+        began_s: float
+        reading: Mapping[str, Any]
+        began_s, reading = self._ask(read, "cannot be read", "check cables, power and cameras")
+        with contextlib.suppress(BackendError):  # whoever needs these numbers says that they are missing
+            self._seen = began_s, self._numbers(reading, self._reads, "get_observation")
         return reading
 
     def _send(self, action: Float32) -> Float32:
@@ -202,50 +236,41 @@ class LeRobot:
         The error tells the first one: those after it are often about what that left behind.
         """
         self._check_connected()
-        with self._calling:
-            last_s = time.monotonic() + _LAST_TRY_S
-            first = ""
-            while True:
-                _forget_late_answers(self._robot)
-                tries -= 1
-                try:
-                    return call()
-                except Exception as error:
-                    first = first or said(error)
-                    awaited = self._stopper not in (None, threading.get_ident())
-                    if tries <= 0 or time.monotonic() > last_s or awaited:
-                        raise BackendError(f"{self._name} {failed}: {first}; {mend}, then connect again") from error
-
-    def _hold_within(self, fresh_s: float) -> Float32:
-        """The hold action, from a reading that is not older than `fresh_s` where there is one."""
-        self._check_connected()
-        with self._calling:
-            if self._held is not None:
-                return self._held.copy()
-            hold, known = self._find_hold(fresh_s)
-            self._held = hold if known else None
-            return hold.copy()
-
-    def _find_hold(self, fresh_s: float) -> tuple[Float32, bool]:
-        """The hold action, and whether it is where the robot stands and not what was sent last."""
-        names = self._spec.action.names
-        still = 0.0 if self._options.kind == "delta" else None
-        hold = {name: still if still is not None else self._options.actions[name].hold for name in names}
-        read = tuple(name for name, value in hold.items() if value is None)
-        known = True
-        if read:
+        last_s = time.monotonic() + _LAST_TRY_S
+        first = ""
+        while True:
+            forget_late_answers(self._robot)
+            tries -= 1
             try:
-                fresh = self._seen is not None and time.monotonic() - self._seen[0] < fresh_s
-                reading = self._seen[1] if fresh and self._seen else self._read()
-                stands = self._numbers(reading, read, "get_observation").tolist()
+                return call()
+            except Exception as error:
+                first = first or said(error)
+                if tries <= 0 or self._stop_waits or time.monotonic() > last_s:
+                    raise BackendError(f"{self._name} {failed}: {first}; {mend}, then connect again") from error
+
+    def _hold(self, fresh_s: float = 0.0) -> Float32:
+        """The hold action; a reading not older than `fresh_s` will do for it."""
+        if self._held is not None and not self._guessed:
+            return self._held
+        names, guessed = self._spec.action.names, False
+        hold = {name: self._options.actions[name].hold or 0.0 for name in names}
+        if self._reads:
+            try:
+                if self._seen is None or time.monotonic() - self._seen[0] >= fresh_s:
+                    stands = self._numbers(self._read(), self._reads, "get_observation")
+                else:
+                    stands = self._seen[1]
+                hold.update(zip(self._reads, stands.tolist(), strict=True))
             except BackendError:
                 # A camera that is gone fails the whole reading, and must not keep the arm from holding.
                 if self._sent is None:
                     raise
                 sent = dict(zip(names, self._sent.tolist(), strict=True))
-                stands, known = [sent[name] for name in read], False
-            hold.update(zip(read, stands, strict=True))
-        return np.array([hold[name] for name in names], np.float32), known
+                hold.update((name, sent[name]) for name in self._reads)
+                guessed = True
+        self._held = np.array([hold[name] for name in names], np.float32)
+        self._guessed = guessed
+        return self._held
 
     def _numbers(self, values: Any, names: tuple[str, ...], source: str) -> Float32:
         """The named values as float32 `[n]`."""
@@ -272,14 +297,3 @@ class LeRobot:
         if key not in self._resizers:
             self._resizers[key] = Resizer((image.shape[0], image.shape[1]), (wanted.height, wanted.width))
         return self._resizers[key](image)
-
-
-def _forget_late_answers(robot: Any) -> None:
-    """Empty what came in on the robot's serial ports, or on those of its arms.
-
-    Feetech's SDK does not, as Dynamixel's does: after one answer that came too late, each reading is the one before.
-    """
-    for part in (robot, *getattr(robot, "__dict__", {}).values()):
-        # What has no such port is let be, and a port that is gone says so in the call that follows.
-        with contextlib.suppress(Exception):
-            part.bus.port_handler.ser.reset_input_buffer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import typing
@@ -97,3 +98,14 @@ def said(error: Exception) -> str:
     """What an error says, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def forget_late_answers(robot: Any) -> None:
+    """Empty what came in on the robot's serial ports, or on those of its arms.
+
+    Feetech's SDK does not, as Dynamixel's does: after one answer that came too late, each reading is the one before.
+    """
+    for part in (robot, *getattr(robot, "__dict__", {}).values()):
+        # What has no such port is let be, and a port that is gone says so in the call that follows.
+        with contextlib.suppress(Exception):
+            part.bus.port_handler.ser.reset_input_buffer()

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Json, Set, print_json
 from fieldtune.commands.up import Up, page_of, put_aside, remember_config
 from fieldtune.deployment import load_deployment
@@ -20,7 +21,7 @@ from fieldtune.walk.deploying import (
     reject_in_canary,
     start_from_weak,
 )
-from fieldtune.walk.walking import Step, Walk, WalkError
+from fieldtune.walk.walking import Step, Walk
 from runtime.supervisor import stop_on_signals
 
 CONFIG = "walk"
@@ -60,7 +61,8 @@ def walk(
             version = promote_good(this, rejected)
             relabelled = relabel(this, version)
             export_and_import(this, version, relabelled)
-        except WalkError as error:
+        except FieldtuneError as error:
+            # What was found before it is told too.
             if not this.steps or up.stop.is_set():
                 raise
             this.check(str(error), False)

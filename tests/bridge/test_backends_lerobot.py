@@ -181,6 +181,7 @@ def test_a_cable_that_is_pulled_is_said_and_stop_says_that_it_could_not():
 
 
 def test_a_packet_that_is_lost_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr(lerobot, "_LAST_TRY_S", 60.0)  # a busy computer is no slow device
     backend, arm = connected()
     arm.damaged = 2
     assert backend.observe().state.tolist() == [1.5] * 3
@@ -189,7 +190,6 @@ def test_a_packet_that_is_lost_is_asked_for_again(monkeypatch):
     arm.damaged = 2
     backend.stop()
     arm.damaged = 100
-    monkeypatch.setattr(lerobot, "_LAST_TRY_S", 60.0)  # a busy computer is no slow device
     with pytest.raises(BackendError, match=r"cannot be read: ConnectionError: Failed to sync read\. \[TxRx"):
         backend.observe()
     assert arm.damaged == 97
@@ -239,7 +239,7 @@ def test_a_stop_waits_for_the_call_that_is_under_way_and_nothing_goes_out_behind
 
 
 def test_a_stop_does_not_wait_for_a_driver_that_hangs_nor_for_the_tries_that_are_left(monkeypatch):
-    monkeypatch.setattr(lerobot, "_STOP_WAIT_S", 0.05)
+    monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
     backend, arm = connected()
     hangs, go = threading.Event(), threading.Event()
     calls = []
@@ -261,7 +261,7 @@ def test_a_stop_does_not_wait_for_a_driver_that_hangs_nor_for_the_tries_that_are
     assert hangs.wait(10)
     with pytest.raises(BackendError, match=r"in one call of its driver.*emergency stop"):
         backend.stop()
-    monkeypatch.setattr(lerobot, "_STOP_WAIT_S", 10.0)
+    monkeypatch.setattr(lerobot, "_WAIT_S", 10.0)
     monkeypatch.setattr(lerobot, "_LAST_TRY_S", 60.0)
 
     def stop():
@@ -271,7 +271,7 @@ def test_a_stop_does_not_wait_for_a_driver_that_hangs_nor_for_the_tries_that_are
     waiting = threading.Thread(target=stop)
     waiting.start()
     deadline_s = time.monotonic() + 10
-    while backend._stopper is None:
+    while not backend._stop_waits:
         assert time.monotonic() < deadline_s
     go.set()
     loop.join(10)
@@ -299,6 +299,123 @@ def test_what_was_sent_last_is_held_at_only_until_the_robot_can_be_read():
     backend.close()
     with pytest.raises(BackendError, match="not connected"):
         backend.hold_action()
+
+
+def test_a_reading_that_is_no_number_is_not_what_a_stop_holds_at(monkeypatch):
+    monkeypatch.setattr(lerobot, "_FRESH_S", 60.0)
+    backend, arm = connected()
+    backend.apply(vector(1, 1, 1))
+    arm.positions["elbow_flex"] = math.nan
+    with pytest.raises(BackendError, match="not finite"):
+        backend.observe()
+    arm.positions["elbow_flex"] = 0.25
+    backend.stop()
+    assert arm.commands[-1]["elbow_flex.pos"] == 0.25
+
+
+def test_what_was_sent_last_is_held_at_even_outside_the_limits():
+    backend, arm = connected(config=with_config(max_relative_target=0.25))
+    arm.positions["gripper"] = -3.0
+    assert backend.apply(vector(1.5, 1.5, 0))[2] == -2.75
+    arm.missing = TimeoutError("no frame")
+    hold = backend.hold_action()
+    assert hold[2] == -2.75
+    backend.apply(hold)
+    assert arm.commands[-1]["gripper.pos"] == -2.75
+
+
+def test_a_robot_that_cannot_be_made_again_is_said_at_connect():
+    backend, arm = connected()
+    arm.fault = OSError("Input/output error")
+    backend._options.config["port"] = "/dev/none"
+    try:
+        with pytest.raises(BackendError, match="may still have torque"):
+            backend.close()
+        with pytest.raises(BackendError, match=r"cannot be connected: ConfigError.*cannot be made"):
+            backend.connect()
+    finally:
+        backend._options.config["port"] = "/dev/arm"
+    backend.connect()
+
+
+def test_the_age_of_a_reading_counts_from_its_beginning(monkeypatch):
+    backend, arm = connected()
+    clock = [0.0]
+    monkeypatch.setattr("bridge.backends.lerobot.time.monotonic", lambda: clock[0])
+    observation = arm.get_observation
+
+    def slow():
+        seen = observation()
+        clock[0] += 0.2
+        return seen
+
+    monkeypatch.setattr(arm, "get_observation", slow)
+    backend.observe()
+    arm.positions["elbow_flex"] = 0.25
+    backend.stop()
+    assert arm.commands[-1]["elbow_flex.pos"] == 0.25
+
+
+def test_an_old_reading_is_not_held_at(monkeypatch):
+    backend, arm = connected()
+    clock = [0.0]
+    monkeypatch.setattr("bridge.backends.lerobot.time.monotonic", lambda: clock[0])
+    backend.observe()
+    arm.positions["elbow_flex"] = 0.25
+    clock[0] += 0.11
+    backend.stop()
+    assert arm.commands[-1]["elbow_flex.pos"] == 0.25
+
+
+def test_close_does_not_disconnect_while_another_call_runs(monkeypatch):
+    monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
+    backend, arm = connected()
+    entered, go = threading.Event(), threading.Event()
+    observation = arm.get_observation
+
+    def get_observation():
+        entered.set()
+        assert go.wait(10)
+        return observation()
+
+    arm.get_observation = get_observation
+    loop = threading.Thread(target=backend.observe)
+    loop.start()
+    assert entered.wait(10)
+    try:
+        with pytest.raises(BackendError, match="may still have torque"):
+            backend.close()
+        assert arm.disconnects == 0
+    finally:
+        go.set()
+        loop.join(10)
+    backend.close()
+    assert arm.disconnects == 1
+
+
+def test_nothing_is_sent_after_a_stop_that_could_not_wait(monkeypatch):
+    monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
+    backend, arm = connected()
+    entered, go = threading.Event(), threading.Event()
+    observation = arm.get_observation
+
+    def get_observation():
+        entered.set()
+        assert go.wait(10)
+        return observation()
+
+    arm.get_observation = get_observation
+    loop = threading.Thread(target=backend.observe)
+    loop.start()
+    assert entered.wait(10)
+    with pytest.raises(BackendError, match="emergency stop"):
+        backend.stop()
+    go.set()
+    loop.join(10)
+    with pytest.raises(BackendError, match="is stopped"):
+        backend.apply(vector(1, 1, 1))
+    backend.stop()
+    assert len(arm.commands) == 1
 
 
 def test_a_delta_is_never_sent_twice():

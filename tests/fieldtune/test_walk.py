@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from typing import Any
 import data_samples
 import numpy as np
 import pytest
-from data_samples import HORIZON, SPEC, log_of
+from data_samples import HORIZON, SPEC, log_episode, log_of
 
+from bridge.errors import FieldtuneError
+from fieldtune.cli import run
 from fieldtune.commands.up import Up, put_aside
 from fieldtune.data.export import Wanted, export
 from fieldtune.data.importing import import_demos
@@ -36,7 +40,7 @@ from runtime.policy import Policy
 from runtime.reading import read_episode
 from runtime.registry import Registry
 from runtime.rundir import RunDir
-from runtime.supervisor import Child
+from runtime.supervisor import Child, ChildFailedError
 
 MT10 = shipped_bundles()["mt10"]
 
@@ -138,6 +142,16 @@ def test_an_episode_is_found_among_demonstrations_by_what_was_sent(
         assert holds(demos, read_episode(index.path(index.after(0)[0]))) is there
 
 
+def test_an_episode_in_which_nothing_was_sent_is_among_no_demonstrations(tmp_path: Path) -> None:
+    _, _, demos = there_and_back(tmp_path)
+    log = EpisodeLog(tmp_path / "empty")
+    log_episode(log, "e", decisions=1, chunk=1)
+    log.close()
+    (row,) = (index := EpisodeIndex(tmp_path / "empty")).after(0)
+    assert row.steps == 0
+    assert not holds(demos, read_episode(index.path(row)))
+
+
 def test_what_failed_is_compared_with_the_dataset_too(tmp_path: Path) -> None:
     log, dataset, demos = there_and_back(tmp_path)
     rows = log.after(0)
@@ -221,6 +235,49 @@ def start(tmp_path: Path) -> Iterator[Any]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def walk_of_two_steps(monkeypatch: pytest.MonkeyPatch, error: FieldtuneError | None) -> None:
+    """The command without processes: with an error its first step finds something wrong, and its second ends in it."""
+
+    def first(walk: Walk, _weak: str) -> None:
+        walk.begin("one", "/", "")
+        walk.check("as it is", error is None)
+
+    def second(walk: Walk) -> None:
+        walk.begin("two", "/", "")
+        if error is not None:
+            raise error
+
+    command = importlib.import_module("fieldtune.commands.walk")
+    monkeypatch.setattr(command, "stop_on_signals", threading.Event)
+    for name in ("reject_at_gate", "reject_in_canary", "promote_good", "relabel", "export_and_import"):
+        monkeypatch.setattr(command, name, lambda *_: "")
+    monkeypatch.setattr(command, "start_from_weak", lambda _: "")
+    monkeypatch.setattr(command, "put_to_work", first)
+    monkeypatch.setattr(command, "refuse_broken", second)
+
+
+@pytest.mark.parametrize("error", [WalkError("in vain"), ChildFailedError("a robot failed")])
+def test_an_error_keeps_what_was_found_before_it(
+    error: FieldtuneError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    walk_of_two_steps(monkeypatch, error)
+    assert run(["walk", "--json", "--set", f"runs={tmp_path}", "--set", "page.serve=false"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["failed"] == ["1. one: as it is", f"2. two: {error}"]
+    assert [step["title"] for step in answer["steps"]] == ["one", "two"]
+
+
+def test_the_command_for_the_page_has_the_settings_of_the_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    walk_of_two_steps(monkeypatch, None)
+    settings = [f"runs={tmp_path}", "page.serve=false", "backend.options.tasks=[reach-v3]"]
+    assert run(["walk", *(word for setting in settings for word in ("--set", setting))]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    command = told[told.index("`") + 1 : told.rindex("`")]
+    assert shlex.split(command) == ["fieldtune", "page", "walk", *(w for s in settings for w in ("--set", s))]
 
 
 @pytest.mark.slow
