@@ -40,7 +40,7 @@ what is committed as an input, 2512.05964.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,8 +50,9 @@ from torch import Tensor, nn
 
 from trainer.batch import Batch, Float64
 from trainer.buffer import DemoBuffer
-from trainer.config import PPOConfig
-from trainer.samples import random_prefix, random_shift
+from trainer.config import PPOConfig, SFTConfig
+from trainer.samples import random_prefix, random_shift, random_wording
+from trainer.shapes import filled_up, minibatches
 from trainer.vla import VLA, Inputs, log_prob
 
 CLONING_SHARE = 0.5  # samples of the buffer for each decision in a gradient step
@@ -234,7 +235,7 @@ def update(
     *,
     cloning_scale: float,
     frozen: VLA | None = None,
-    shift_px: int,
+    sft: SFTConfig,
     rng: np.random.Generator,
     generator: torch.Generator,
     stopped: Callable[[], bool],
@@ -243,8 +244,8 @@ def update(
     `KL_STOP` x `config.target_kl`. None, with the policy half changed, if `stopped` came first.
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
-    buffer are shifted by up to `shift_px`, as in supervised fine-tuning. With `frozen`, L_kl to it takes the place of
-    L_sbc, and the buffer is not used.
+    buffer are shifted and words left out as in supervised fine-tuning, `sft`. With `frozen`, L_kl to it takes the place
+    of L_sbc, and the buffer is not used.
     """
     task = batch.observations.task
     normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.episode, batch.fresh).astype(np.float32))
@@ -257,12 +258,12 @@ def update(
     correlation = vla.spec.noise_correlation
     before = _log_probs(vla, batch, config.minibatch, reduced)
     importance = (before - batch.log_prob).exp().clamp(max=MAX_IMPORTANCE)
-    zero = torch.zeros(())
+    fresh, zero = np.flatnonzero(batch.fresh), torch.zeros(())
     grad_norm, gradient_steps, kl_stop = 0.0, 0, False
     sums = _Pass()
     for _ in range(config.epochs):
         sums = _Pass()
-        for rows in _minibatches(batch.fresh, config.minibatch, rng):
+        for rows in minibatches(torch.from_numpy(rng.permutation(fresh)), config.minibatch):
             if stopped():
                 return None
             seen = batch.observations.rows(rows)
@@ -277,7 +278,7 @@ def update(
                 cloned = anchor_loss(mean, frozen_mean.index_select(0, rows), log_std, executed, (1 - w)[seen.task])
             elif clone:
                 count = max(1, round(len(rows) * CLONING_SHARE))
-                cloned = _buffer_loss(vla, buffer, 1 - w, count, shift_px, rng, generator, reduced)
+                cloned = _buffer_loss(vla, buffer, 1 - w, count, sft, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
             sums.add(by_decision.mean(), cloned, kl, outside.float().mean())
             kl_stop = kl > KL_STOP * config.target_kl
@@ -324,7 +325,7 @@ def _buffer_loss(
     buffer: DemoBuffer,
     scale_by_task: Tensor,
     count: int,
-    shift_px: int,
+    sft: SFTConfig,
     rng: np.random.Generator,
     generator: torch.Generator,
     reduced: bool,
@@ -332,24 +333,27 @@ def _buffer_loss(
     """(1 - w) L_sbc over `count` samples of the buffer."""
     samples, task = buffer.sample(count, rng)
     images = {
-        name: random_shift(torch.from_numpy(pixels), shift_px, generator) for name, pixels in samples.images.items()
+        name: random_shift(torch.from_numpy(pixels), sft.shift_px, generator) for name, pixels in samples.images.items()
     }
     target, executed = torch.from_numpy(samples.target), torch.from_numpy(samples.mask)
     prefix, prefix_mask, mask = random_prefix(target, executed, vla.spec.prefix_steps, generator)
-    seen = images, torch.from_numpy(samples.state), torch.from_numpy(samples.tokens), prefix, prefix_mask
+    tokens = random_wording(torch.from_numpy(samples.tokens), sft.word_dropout, generator)
+    seen = images, torch.from_numpy(samples.state), tokens, prefix, prefix_mask
     mean, log_std = _forward(vla, seen, reduced)
     return cloning_loss(target, mean, log_std, mask, scale_by_task[torch.from_numpy(task)])
 
 
 def _log_probs(vla: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:
     """log pi_0(a | o) `[N]` of the fresh decisions; of the others what was logged."""
-    known = batch.log_prob.clone()
+    known, parts = batch.log_prob.clone(), []
+    fresh = torch.from_numpy(np.flatnonzero(batch.fresh))
     with torch.no_grad():
-        for rows in torch.split(torch.from_numpy(np.flatnonzero(batch.fresh)), rows_at_once):
+        for rows in torch.split(filled_up(fresh), rows_at_once):
             seen = batch.observations.rows(rows)
             mean, log_std = _forward(vla, seen.inputs, reduced)
             actions, executed = batch.actions.index_select(0, rows), batch.executed.index_select(0, rows)
-            known[rows] = executed_log_prob(actions, mean, log_std, executed, vla.spec.noise_correlation)
+            parts.append(executed_log_prob(actions, mean, log_std, executed, vla.spec.noise_correlation))
+    known[fresh] = torch.cat(parts)[: len(fresh)]
     return known
 
 
@@ -361,10 +365,10 @@ def _means(policy: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tenso
     """Means of a policy that does not learn, float32 `[N, h, d]`, in the precision of the policy that does."""
     parts = []
     with torch.no_grad():
-        for rows in torch.split(torch.arange(len(batch)), rows_at_once):
+        for rows in torch.split(filled_up(torch.arange(len(batch))), rows_at_once):
             seen = batch.observations.rows(rows)
             parts.append(_forward(policy, seen.inputs, reduced)[0])
-    return torch.cat(parts)
+    return torch.cat(parts)[: len(batch)]
 
 
 def _forward(vla: VLA, inputs: Inputs, reduced: bool) -> tuple[Tensor, Tensor]:
@@ -372,10 +376,3 @@ def _forward(vla: VLA, inputs: Inputs, reduced: bool) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
         mean, log_std = vla(*inputs)
     return mean.float(), log_std.float()
-
-
-def _minibatches(fresh: NDArray[np.bool_], size: int, rng: np.random.Generator) -> Iterator[Tensor]:
-    """The fresh decisions in random order, in parts of about `size`, none of them a small rest."""
-    order = rng.permutation(np.flatnonzero(fresh))
-    for part in np.array_split(order, max(1, round(len(order) / size))):
-        yield torch.from_numpy(part)

@@ -68,6 +68,8 @@ class SFTConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """AdamW's decay of matrices."""
     shift_px: Annotated[int, Meta(ge=0)] = 3
     """Largest random shift of the images, in pixels of the policy's image."""
+    word_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    """Share of an instruction's tokens that are left out at random when it is cloned, here and in deployment."""
     auxiliary: Annotated[float, Meta(ge=0)] = 0.0
     """Weight of predicting the simulator's privileged state from the policy's features, for pretraining only: the head
     that does it is not exported. 0: none."""

@@ -137,7 +137,7 @@ class ContinualTrainer:
             warn=warn,
         )
         self._tokens = partial(encode, Tokenizer.from_str(bundle.tokenizer), max_tokens=bundle.spec.tokens)
-        self._experience = Experience(run, bundle.spec.horizon, self._tokens)
+        self._experience = Experience(run, spec, bundle.spec.horizon, self._tokens)
         self._index = self._experience.own
         self._critic = Critic(bundle.spec, len(spec.privileged.names) if spec.privileged else 0, len(self._tasks))
         self._actor_optimiser = self._new_actor_optimiser()
@@ -407,7 +407,7 @@ class ContinualTrainer:
             self._config.ppo,
             cloning_scale=self._config.weight.cloning_scale,
             frozen=self._frozen,
-            shift_px=self._config.sft.shift_px,
+            sft=self._config.sft,
             rng=self._rng,
             generator=self._generator,
             stopped=self._stop.is_set,

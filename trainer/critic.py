@@ -6,7 +6,7 @@ convolution looks at the images instead of the privileged state. It is an MLP ei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runtime.bundle import PolicySpec
 from trainer.batch import Batch, Float64, Observations
+from trainer.shapes import filled_up, minibatches
 from trainer.vla import committed
 
 WIDTH = 256
@@ -95,9 +96,9 @@ def values(critic: Critic, observations: Observations) -> Float64:
     """V of every observation, float64 `[N]`, without gradients."""
     parts: list[Tensor] = []
     with torch.no_grad():
-        for rows in torch.split(torch.arange(len(observations)), 2 * MINIBATCH):
+        for rows in torch.split(filled_up(torch.arange(len(observations))), 2 * MINIBATCH):
             parts.append(critic(observations.rows(rows)))
-    return torch.cat(parts).double().numpy()
+    return torch.cat(parts)[: len(observations)].double().numpy()
 
 
 def fit(
@@ -115,10 +116,12 @@ def fit(
     Returns early, with NaN, when `stopped`.
     """
     goal = torch.from_numpy(target.astype(np.float32))
-    loss_sum = float("nan")
+    # Small batches are split too, so that a pass over them is more than one step.
+    size = min(MINIBATCH, max(MIN_MINIBATCH, len(batch) // 4))
+    losses: list[float] = []
     for _ in range(epochs):
-        loss_sum = 0.0
-        for rows in _minibatches(len(batch), rng):
+        losses = []
+        for rows in minibatches(torch.from_numpy(rng.permutation(len(batch))), size):
             if stopped():
                 return float("nan")
             error = critic(batch.observations.rows(rows)) - goal.index_select(0, rows)
@@ -127,20 +130,14 @@ def fit(
             torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
             optimiser.step()
-            loss_sum += float(loss.detach()) * len(rows)
-    return loss_sum / len(batch)
+            losses.append(float(loss.detach()))
+    return float(np.mean(losses)) if losses else float("nan")
 
 
 def explained_variance(value: Float64, target: Float64) -> float:
     """1 - Var(target - value) / Var(target): 1 is perfect, 0 no better than a constant; 0 for a constant target."""
     variance = float(np.var(target))
     return 1.0 - float(np.var(target - value)) / variance if variance > 1e-12 else 0.0
-
-
-def _minibatches(n: int, rng: np.random.Generator) -> Sequence[Tensor]:
-    """All rows in random order. Small batches are split too, so that a pass over them is more than one step."""
-    size = min(MINIBATCH, max(MIN_MINIBATCH, n // 4))
-    return torch.split(torch.from_numpy(rng.permutation(n)), size)
 
 
 def _encoder() -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bridge.backend import BackendSpec
 from bridge.errors import FieldtuneError
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex
@@ -15,7 +16,7 @@ from runtime.rundir import RunDir
 from trainer.buffer import DemoBuffer, thin
 from trainer.config import DemosConfig
 from trainer.demos import demo_rows
-from trainer.samples import CloningSamples, cloning_samples
+from trainer.samples import CloningSamples, cloning_samples, wordings
 
 
 class ExperienceError(FieldtuneError):
@@ -25,15 +26,18 @@ class ExperienceError(FieldtuneError):
 class Experience:
     """Turns episodes of a run into samples for the demonstration buffer."""
 
-    def __init__(self, run: RunDir, horizon: int, tokens: Callable[[str], NDArray[np.int64]]) -> None:
-        """`horizon` is that of the policy; `tokens` encodes an instruction as `[L]`."""
+    def __init__(
+        self, run: RunDir, spec: BackendSpec, horizon: int, tokens: Callable[[str], NDArray[np.int64]]
+    ) -> None:
+        """`spec` is the backend's, `horizon` the policy's; `tokens` encodes an instruction as `[L]`."""
         self.own = EpisodeIndex(run.episodes)
         self._demos = EpisodeIndex(run.demos)
-        self._horizon, self._tokens = horizon, tokens
+        self._spec, self._horizon, self._tokens = spec, horizon, tokens
 
     def samples(self, episode: Episode) -> CloningSamples:
         """The samples of an own episode."""
-        return cloning_samples(episode, self._horizon, self._tokens(episode.start.instruction))
+        told = wordings(self._spec, episode.start.task, episode.start.instruction, self._tokens)
+        return cloning_samples(episode, self._horizon, told)
 
     def demonstration(self, episode: Episode) -> CloningSamples:
         """The samples of a demonstration, which decides at every step: one every half chunk."""

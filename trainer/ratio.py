@@ -20,6 +20,7 @@ from runtime.bundle import Bundle, PolicySpec, read_bundle
 from trainer.batch import Batch
 from trainer.chunked_ppo import executed_log_prob
 from trainer.export import become, torch_outputs
+from trainer.shapes import filled_up
 from trainer.vla import VLA
 
 SAMPLE = 256
@@ -129,6 +130,7 @@ def check_ratio(batch: Batch, behaviours: Behaviours, rng: np.random.Generator) 
 
 
 def _error(batch: Batch, rows: Tensor, policy: VLA) -> float:
+    rows = filled_up(rows)
     seen = batch.observations.rows(rows)
     with torch.no_grad():
         mean, log_std = policy(*seen.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,18 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bridge.backend import Float32, UInt8
+from bridge.backend import BackendSpec, Float32, UInt8
 from bridge.safety import HELD
 from runtime.episode import Episode
+from trainer.vla import PADDING
 
 
 @dataclass(slots=True)
 class CloningSamples:
     """N observations, each with the actions that were really sent from its step on.
 
-    `images` uint8 `[N, H, W, 3]` by camera, `state` float32 `[N, n]`, `tokens` int64 `[N, L]` (L = 0 where none were
-    given), `target` float32 `[N, h, d]` in units of the action, `mask` float32 `[N, h]`: 1 where `target` holds an
-    executed action, 0 (and a zero target) where nothing was executed.
+    `images` uint8 `[N, H, W, 3]` by camera, `state` float32 `[N, n]`, `tokens` int64 `[N, W, L]`: the `wordings` that
+    each could have been told (L = 0 where none were given), `target` float32 `[N, h, d]` in units of the action, `mask`
+    float32 `[N, h]`: 1 where `target` holds an executed action, 0 (and a zero target) where nothing was executed.
     """
 
     images: dict[str, UInt8]
@@ -33,8 +35,21 @@ class CloningSamples:
         return len(self.state)
 
 
+def wordings(spec: BackendSpec, task: str, told: str, tokens: Callable[[str], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """What an episode of the task may be told as well, int64 `[W, L]`; `tokens` encodes a text as `[L]`.
+
+    All wordings of the task if `told`, which the episode was told, is one of them: they mean the same. Otherwise `told`
+    alone, for nobody knows whether it does. Rows of padding make W the same for all tasks.
+    """
+    known = spec.instructions[task]
+    texts = known if told in known else (told,)
+    rows = [tokens(text) for text in texts]
+    most = max(len(texts) for texts in spec.instructions.values())
+    return np.stack(rows + [np.full_like(rows[0], PADDING)] * (most - len(rows)))
+
+
 def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | None = None) -> CloningSamples:
-    """One sample for each decision that was followed by an executed action; `tokens` `[L]` are its instruction.
+    """One sample for each decision that was followed by an executed action; `tokens` `[W, L]` are its `wordings`.
 
     The target of a decision at step t are the actions sent at t, t+1, ..., t+horizon-1, by this decision and by those
     after it: what the robot did, however the chunks were cut. Actions that were sampled but never executed, and steps
@@ -55,14 +70,14 @@ def cloning_samples(episode: Episode, horizon: int, tokens: NDArray[np.int64] | 
     used = [d for d in decisions if executed[d.step : d.step + horizon].any()]
     window = np.array([d.step for d in used], np.int64)[:, None] + np.arange(horizon)
     spec = episode.start.spec
-    row = np.zeros(0, np.int64) if tokens is None else tokens.astype(np.int64)
+    told = np.zeros((1, 0), np.int64) if tokens is None else tokens.astype(np.int64)
     return CloningSamples(
         images={
             camera.name: _stack([d.observation.images[camera.name] for d in used], (camera.height, camera.width, 3))
             for camera in spec.cameras
         },
         state=np.array([d.observation.state for d in used], np.float32).reshape(len(used), len(spec.state.names)),
-        tokens=np.tile(row, (len(used), 1)),
+        tokens=np.broadcast_to(told, (len(used), *told.shape)),
         target=sent[window],
         mask=executed[window],
     )
@@ -110,6 +125,24 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Ten
     for i, (y, x) in enumerate(offsets):
         shifted[i] = padded[i, y : y + height, x : x + width]
     return torch.from_numpy(shifted)
+
+
+def random_wording(tokens: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """One of the `wordings` int64 `[B, W, L]` of each sample, `[B, L]`, without a random share `dropout` of its tokens.
+
+    Few demonstrations have a wording each; told nothing else, a policy learns them by heart from it, goal and all. A
+    wording that would lose all its tokens keeps all. To leave words out (padding in their place) makes a policy rely on
+    no single one: word dropout, of averaged embeddings as the VLA's are (Iyyer et al., ACL 2015, P15-1162).
+    """
+    if not tokens.shape[2]:
+        return tokens[:, 0]
+    known = (tokens != PADDING).any(dim=2).sum(dim=1).clamp(min=1)  # rows of padding are behind the others
+    drawn = (torch.rand(len(tokens), generator=generator) * known).long()
+    tokens = tokens[torch.arange(len(tokens)), drawn]
+    if not dropout:
+        return tokens
+    kept = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < dropout, PADDING)
+    return torch.where((kept != PADDING).any(dim=1, keepdim=True), kept, tokens)
 
 
 def _stack(images: list[UInt8], shape: tuple[int, int, int]) -> UInt8:

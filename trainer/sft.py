@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 from trainer.demos import demo_rows
 from trainer.export import Exporter, become, probe_prefixes
-from trainer.samples import CloningSamples, cloning_samples
+from trainer.samples import CloningSamples, cloning_samples, wordings
 from trainer.supervised import Dataset, SFTError, Training, gather
 from trainer.tokens import build_tokenizer
 from trainer.vla import VLA
@@ -68,13 +69,14 @@ def run_sft(
         if base
         else build_tokenizer(all_instructions(spec), config.vla.vocabulary, config.vla.max_tokens)
     )
+    tokens = partial(encode, tokenizer, max_tokens=config.vla.max_tokens)
 
     def parts() -> Iterator[tuple[CloningSamples, Float32 | None]]:
         for own in rows.values():
             for row in own:
                 episode = read_row(index, row)
-                tokens = encode(tokenizer, episode.start.instruction, config.vla.max_tokens)
-                samples = cloning_samples(episode, config.vla.horizon_steps, tokens)
+                told = wordings(spec, row.task, episode.start.instruction, tokens)
+                samples = cloning_samples(episode, config.vla.horizon_steps, told)
                 yield samples, _privileged(episode) if config.sft.auxiliary else None
 
     data = gather(parts(), sum(row.decisions for own in rows.values() for row in own))
@@ -85,7 +87,7 @@ def run_sft(
             torch.manual_seed(seed)
             vla = VLA(config.vla, policy)
             _initialise(vla, base, data)
-            fingerprint = _fingerprint(policy, config, seed, rows, base)
+            fingerprint = _fingerprint(policy, spec, config, seed, rows, base)
             training = Training(vla, policy, data, config.sft, seed, fingerprint)
         loss = training.run(run.sft, progress, stopped)
     finally:
@@ -151,12 +153,18 @@ def _privileged(episode: Episode) -> Float32:
 
 
 def _fingerprint(
-    policy: PolicySpec, config: TrainerConfig, seed: int, rows: dict[str, list[EpisodeRow]], base: Bundle | None
+    policy: PolicySpec,
+    spec: BackendSpec,
+    config: TrainerConfig,
+    seed: int,
+    rows: dict[str, list[EpisodeRow]],
+    base: Bundle | None,
 ) -> str:
     """Hash of all that decides what the training does."""
     episodes = sorted(row.episode for own in rows.values() for row in own)
     start = base.version if base else ""
-    return hashlib.sha256(msgspec.json.encode([policy, config.sft, config.vla, seed, episodes, start])).hexdigest()
+    parts = [policy, spec.instructions, config.sft, config.vla, seed, episodes, start]
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def _probe(data: Dataset, prefix_steps: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -165,6 +173,6 @@ def _probe(data: Dataset, prefix_steps: int) -> dict[str, np.ndarray[Any, Any]]:
     return {
         **{f"image/{name}": images[index].numpy() for name, images in data.images.items()},
         "state": data.state[index].numpy(),
-        "tokens": data.tokens[index].numpy(),
+        "tokens": data.tokens[index, 0].numpy(),
         **probe_prefixes(data.target[index].numpy(), prefix_steps),
     }

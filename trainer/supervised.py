@@ -33,7 +33,7 @@ from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from runtime.durable import atomic_directory, write_atomic
 from trainer.config import SFTConfig
-from trainer.samples import CloningSamples, random_prefix, random_shift
+from trainer.samples import CloningSamples, random_prefix, random_shift, random_wording
 from trainer.vla import VLA
 
 CHECKPOINT_EVERY_S = 15.0
@@ -61,12 +61,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.state)
 
-    def batch(self, index: Tensor, shift_px: int, generator: torch.Generator) -> Dataset:
-        """The samples at `index` `[B]`, their images shifted at random."""
+    def batch(self, index: Tensor, config: SFTConfig, generator: torch.Generator) -> Dataset:
+        """The samples at `index` `[B]`, their images shifted and words left out at random."""
+        images = {name: x.index_select(0, index) for name, x in self.images.items()}
         return Dataset(
-            {name: random_shift(x.index_select(0, index), shift_px, generator) for name, x in self.images.items()},
+            {name: random_shift(x, config.shift_px, generator) for name, x in images.items()},
             self.state.index_select(0, index),
-            self.tokens.index_select(0, index),
+            random_wording(self.tokens.index_select(0, index), config.word_dropout, generator),
             self.target.index_select(0, index),
             self.mask.index_select(0, index),
             self.privileged.index_select(0, index),
@@ -193,7 +194,7 @@ class Training:
         if part == 0 or len(self.order) != n:
             self.order = torch.randperm(n, generator=_generator(self.seed, 0, epoch))
         index = self.order[part * config.batch : (part + 1) * config.batch]
-        batch = self.data.batch(index, config.shift_px, _generator(self.seed, 1, self.step))
+        batch = self.data.batch(index, config, _generator(self.seed, 1, self.step))
         delays = _generator(self.seed, 2, self.step)
         *told, mask = random_prefix(batch.target, batch.mask, self.vla.spec.prefix_steps, delays)
         for group in self.optimizer.param_groups:

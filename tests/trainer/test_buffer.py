@@ -16,7 +16,7 @@ def samples(value: int, count: int = 3) -> CloningSamples:
     return CloningSamples(
         images={"top": np.full((count, 4, 4, 3), value % 256, np.uint8)},
         state=np.arange(count, dtype=np.float32)[:, None] + 10 * value,
-        tokens=np.zeros((count, 2), np.int64),
+        tokens=np.zeros((count, 1, 2), np.int64),
         target=np.full((count, 2, 2), value, np.float32),
         mask=np.ones((count, 2), np.float32),
     )

@@ -26,7 +26,7 @@ from trainer.chunked_ppo import (
     reduced_precision,
     update,
 )
-from trainer.config import BufferConfig, PPOConfig, VLAConfig
+from trainer.config import BufferConfig, PPOConfig, SFTConfig, VLAConfig
 from trainer.samples import cloning_samples
 from trainer.vla import VLA
 
@@ -275,7 +275,7 @@ def run_update(
         config,
         cloning_scale=c,
         frozen=frozen,
-        shift_px=1,
+        sft=SFTConfig(shift_px=1),
         rng=np.random.default_rng(0),
         generator=torch.Generator().manual_seed(0),
         stopped=lambda: False,
@@ -408,7 +408,7 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
         one = episode([1] * 6, name=f"d{i}", seed=i)
         for decision in one.decisions:
             decision.sent = np.array([[0.5, -0.5]], np.float32)
-        samples = cloning_samples(one, 4, tokens(""))
+        samples = cloning_samples(one, 4, tokens("")[None])
         demonstrations.append(samples)
         buffer.seed("left", f"d{i}", 6, ("expert",), samples)
 
@@ -416,7 +416,7 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
         with torch.no_grad():
             s = demonstrations[0]
             images = {name: torch.from_numpy(pixels) for name, pixels in s.images.items()}
-            mean, _ = vla(images, torch.from_numpy(s.state), torch.from_numpy(s.tokens))
+            mean, _ = vla(images, torch.from_numpy(s.state), torch.from_numpy(s.tokens[:, 0]))
         return float((mean[:, 0] - torch.tensor([0.5, -0.5])).abs().mean())
 
     before = error()
@@ -443,7 +443,7 @@ def test_a_demonstration_is_cloned_after_the_part_of_it_that_is_told() -> None:
         action = rng.choice([-0.5, 0.5], 2).astype(np.float32)
         for decision in one.decisions:
             decision.sent = action[None]
-        buffer.seed("left", f"d{i}", 4, ("expert",), cloning_samples(one, 4, tokens("")))
+        buffer.seed("left", f"d{i}", 4, ("expert",), cloning_samples(one, 4, tokens("")[None]))
     batch = sampled_batch(tiny_vla(), [4] * 64, 0)
     batch.observations.prefix, batch.observations.prefix_mask = torch.zeros(64, 2, 2), torch.zeros(64, 2)
     config = PPOConfig(lr=1e-2, epochs=60, minibatch=64, target_kl=1e9)
@@ -494,7 +494,7 @@ def test_a_stop_ends_it() -> None:
         np.ones(2, np.float32),
         CONFIG,
         cloning_scale=0.0,
-        shift_px=0,
+        sft=SFTConfig(shift_px=0),
         rng=np.random.default_rng(0),
         generator=torch.Generator(),
         stopped=lambda: True,

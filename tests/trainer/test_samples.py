@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, Observation, VectorSpec
 from runtime.episode import FORMAT, Decision, Episode, EpisodeStart
-from trainer.samples import cloning_samples, random_prefix, random_shift
+from trainer.samples import cloning_samples, random_prefix, random_shift, random_wording, wordings
 
 SPEC = BackendSpec(
     name="fake",
@@ -56,14 +57,14 @@ def episode(chunks: list[tuple[int, int]], horizon: int) -> Episode:
 
 def test_targets_run_on_over_the_following_decisions() -> None:
     # Chunks of 3, cut after 2 and after 1; the last decision was never executed.
-    samples = cloning_samples(episode([(0, 2), (2, 3), (5, 1), (6, 0)], 3), 3, np.array([7, 8]))
+    samples = cloning_samples(episode([(0, 2), (2, 3), (5, 1), (6, 0)], 3), 3, np.array([[7, 8], [9, 0]]))
     assert samples.state[:, 0].tolist() == [0, 2, 5]
     assert samples.images["eye"][:, 0, 0, 0].tolist() == [0, 2, 5]
     assert samples.mask.tolist() == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
     assert samples.target[0].tolist() == [sent_at(0), sent_at(1), sent_at(2)]
     assert samples.target[1].tolist() == [sent_at(2), sent_at(3), sent_at(4)]
     assert samples.target[2].tolist() == [sent_at(5), [0, 0], [0, 0]]
-    assert samples.tokens.tolist() == [[7, 8]] * 3
+    assert samples.tokens.tolist() == [[[7, 8], [9, 0]]] * 3
 
 
 def test_a_chunk_that_began_late_was_sent_where_it_began() -> None:
@@ -138,3 +139,39 @@ def test_random_shift_is_a_shift_with_a_repeated_border(dtype: torch.dtype) -> N
         offsets.add(matches[0])
     assert len(offsets) > 15  # of 25: not one shift for the whole batch
     assert random_shift(images, 0, torch.Generator()) is images
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"), [("go", [[1, 0], [2, 3]]), ("go there", [[1, 0], [2, 3]]), ("run", [[4, 0], [0, 0]])]
+)
+def test_an_episode_may_be_told_what_means_the_same(told: str, expected: list[list[int]]) -> None:
+    words = {"go": [1, 0], "go there": [2, 3], "run": [4, 0], "stop": [5, 0]}
+    spec = replace(SPEC, instructions={"t": ("go", "go there"), "other": "stop"})
+    assert wordings(spec, "t", told, lambda text: np.array(words[text])).tolist() == expected
+    assert wordings(spec, "other", "stop", lambda text: np.array(words[text])).tolist() == [[5, 0], [0, 0]]
+
+
+def test_each_wording_is_told_as_often() -> None:
+    three, one = [[1, 0], [2, 3], [4, 0]], [[5, 6], [0, 0], [0, 0]]
+    tokens = torch.tensor([three, one]).repeat(3000, 1, 1)
+    told = random_wording(tokens, 0.0, torch.Generator().manual_seed(1))
+    assert torch.equal(told, random_wording(tokens, 0.0, torch.Generator().manual_seed(1)))
+    assert told.shape == (6000, 2) and told.dtype == torch.int64
+    found, counts = told[::2].unique(dim=0, return_counts=True)
+    assert found.tolist() == three and (counts - 1000).abs().max() < 100
+    assert (told[1::2] == torch.tensor([5, 6])).all()
+    nothing = torch.zeros((5, 1, 0), dtype=torch.int64)
+    assert random_wording(nothing, 0.3, torch.Generator()).shape == (5, 0)
+    assert (random_wording(torch.zeros((5, 2, 4), dtype=torch.int64), 0.3, torch.Generator()) == 0).all()
+
+
+def test_words_are_left_out_but_never_all() -> None:
+    tokens = torch.tensor([[7, 8, 9, 10, 0, 0], [5, 0, 0, 0, 0, 0]]).repeat(2000, 1)
+    told = random_wording(tokens[:, None], 0.25, torch.Generator().manual_seed(1))
+    kept = told != 0
+    assert torch.equal(told[kept], tokens[kept])  # each where it was
+    assert kept.any(dim=1).all() and not kept[:, 4:].any()
+    # All four of the long one go with probability 1 / 256, and then they stay; 0.75 but for that.
+    assert kept[::2, :4].double().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert kept[::2, :4].any(dim=0).all() and not kept[::2, :4].all(dim=0).any()
+    assert kept[1::2, 0].all()

@@ -26,7 +26,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import DemosConfig, SFTConfig, TrainerConfig, VLAConfig
 from trainer.demos import collect_demos, demo_rows
-from trainer.samples import cloning_samples
+from trainer.samples import cloning_samples, random_wording
 from trainer.sft import run_sft
 from trainer.supervised import SFTError, cloning_error, learning_rate
 
@@ -102,9 +102,10 @@ def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tupl
     unseen = demo_rows(index, "reach", DemosConfig(per_task=40))[32:]
     errors, spread = [], []
     for row in unseen:
-        samples = cloning_samples(read_episode(index.path(row)), 4, policy.tokens("move the dot to the square"))
+        told = policy.tokens("move the dot to the square")
+        samples = cloning_samples(read_episode(index.path(row)), 4, told[None])
         mean, log_std = policy.infer(
-            {"image/top": samples.images["top"], "state": samples.state, "tokens": samples.tokens}
+            {"image/top": samples.images["top"], "state": samples.state, "tokens": samples.tokens[:, 0]}
         )
         executed = samples.mask[..., None] > 0
         errors.append(((mean - samples.target) ** 2 * executed).mean())
@@ -113,18 +114,31 @@ def test_the_version_is_live_and_does_what_the_demonstrations_did(finished: tupl
     assert np.mean(errors) < 0.7 * np.mean(spread)
 
 
-def test_each_demonstration_is_learned_with_the_wording_that_it_was_told(tmp_path: Path) -> None:
-    run, config = RunDir(tmp_path / "run"), replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8))
-    backend = Worded(("move the dot", "to the square go"))
-    collect_demos(lambda: backend, run.demos, config.demos, (), 60, lambda done, total: None)
+def test_a_demonstration_is_learned_with_all_wordings_that_mean_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, config = RunDir(tmp_path / "run"), replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=64))
+    told = ("move the dot", "to the square go")
+    collect_demos(lambda: Worded(told), run.demos, config.demos, (), 60, lambda done, total: None)
     seeds = [row.seed for row in demo_rows(EpisodeIndex(run.demos), "reach", config.demos)]
-    version = run_sft(run, Worded(("move", "the dot", "to the square go")).spec, config, 0, lambda step, steps: None)
+    assert {instruction_of(Worded(told).spec, "reach", seed) for seed in seeds} == set(told)
+    # One of the two is no wording of the task any more: it may mean something else, so it stays alone.
+    now = ("go to the square", "move the dot", "move")
+    seen: list[torch.Tensor] = []
+
+    def spy(tokens: torch.Tensor, dropout: float, generator: torch.Generator) -> torch.Tensor:
+        seen.append(tokens)
+        return random_wording(tokens, dropout, generator)
+
+    monkeypatch.setattr("trainer.supervised.random_wording", spy)
+    version = run_sft(run, Worded(now).spec, config, 0, lambda step, steps: None)
     assert version is not None
-    bundle = read_bundle(run.policies / version)
     tokens = Policy.load(run.policies / version).tokens
-    learned = [tokens(instruction_of(backend.spec, "reach", seed)).tolist() for seed in seeds]
-    found = bundle.probe_inputs["tokens"].tolist()
-    assert found[0] == learned[0] and found[-1] == learned[-1]
+    expected = {
+        tuple(tokens(text).tobytes() for text in now),
+        (tokens(told[1]).tobytes(), bytes(tokens("").nbytes), bytes(tokens("").nbytes)),
+    }
+    assert {tuple(row.tobytes() for row in sample.numpy()) for sample in seen[0]} == expected
 
 
 def test_metrics_and_the_last_checkpoint(finished: tuple[RunDir, str]) -> None:
