@@ -67,11 +67,11 @@ def ablate(
     Each starts from the policy that the base run started from (demonstrations and fine-tuning are done first if the run
     is new), learns in a run of its own, RUNS/NAME-ablation-X, and is evaluated with the mean action on the evaluation
     goals. Ctrl-C stops; the same command goes on, and what is finished is not run again. The table has what earlier
-    calls finished with the same settings, too.
+    calls finished with the same settings, too. Every run keeps its episodes, up to runtime.log.keep_gb each.
 
     Examples:
       fieldtune ablate --base quickstart --set trainer.stop.env_steps=200000
-      fieldtune ablate full no_ppo my_ablation.yaml
+      fieldtune ablate full no_ppo my_ablation.yaml --set runtime.log.keep_gb=1
 
     Args:
         base: the deployment to change, if not the one that the files name

@@ -416,7 +416,7 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
         with torch.no_grad():
             s = demonstrations[0]
             images = {name: torch.from_numpy(pixels) for name, pixels in s.images.items()}
-            mean, _ = vla(images, torch.from_numpy(s.state), torch.from_numpy(s.tokens[:, 0]))
+            mean, _ = vla(images, torch.from_numpy(s.state), torch.from_numpy(s.tokens[:, 0].copy()))
         return float((mean[:, 0] - torch.tensor([0.5, -0.5])).abs().mean())
 
     before = error()
