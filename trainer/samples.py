@@ -39,11 +39,12 @@ def wordings(spec: BackendSpec, task: str, told: str, tokens: Callable[[str], ND
     """What an episode of the task may be told as well, int64 `[W, L]`; `tokens` encodes a text as `[L]`.
 
     All wordings of the task if `told`, which the episode was told, is one of them: they mean the same. Otherwise `told`
-    alone, for nobody knows whether it does. Rows of padding make W the same for all tasks.
+    alone, for nobody knows whether it does. Rows of padding, behind the others, make W the same for all tasks; a text
+    without a token is one of them.
     """
     known = spec.instructions[task]
     texts = known if told in known else (told,)
-    rows = [tokens(text) for text in texts]
+    rows = sorted((tokens(text) for text in texts), key=lambda row: not (row != PADDING).any())
     most = max(len(texts) for texts in spec.instructions.values())
     return np.stack(rows + [np.full_like(rows[0], PADDING)] * (most - len(rows)))
 

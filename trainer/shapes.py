@@ -14,7 +14,9 @@ SIZES_A_DOUBLING = 16
 
 
 def minibatches(order: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Rows `[N]` in random order as equal parts of about `size`, none for no rows; less than one in 17 are left out."""
+    """Rows `[N]` in random order as equal parts of about `size`, none for no rows. Left out: less than one row
+    a part, and of all less than one in 17.
+    """
     parts = max(1, round(len(order) / size))
     each = len(order) // parts
     each -= each % _spacing(each)

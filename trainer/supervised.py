@@ -62,7 +62,7 @@ class Dataset:
         return len(self.state)
 
     def batch(self, index: Tensor, config: SFTConfig, generator: torch.Generator) -> Dataset:
-        """The samples at `index` `[B]`, their images shifted and words left out at random."""
+        """The samples at `index` `[B]`, shifted and told at random: `tokens` is `[B, L]`, one wording of each."""
         images = {name: x.index_select(0, index) for name, x in self.images.items()}
         return Dataset(
             {name: random_shift(x, config.shift_px, generator) for name, x in images.items()},

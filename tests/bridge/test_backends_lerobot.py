@@ -1,5 +1,6 @@
 """The backend `lerobot`, against a stand-in with the interface of LeRobot's robots."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -367,9 +368,9 @@ def test_an_old_reading_is_not_held_at(monkeypatch):
     assert arm.commands[-1]["elbow_flex.pos"] == 0.25
 
 
-def test_close_does_not_disconnect_while_another_call_runs(monkeypatch):
-    monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
-    backend, arm = connected()
+@contextlib.contextmanager
+def in_a_long_reading(backend, arm):
+    """Another thread is in `observe`, which ends with the block."""
     entered, go = threading.Event(), threading.Event()
     observation = arm.get_observation
 
@@ -383,12 +384,19 @@ def test_close_does_not_disconnect_while_another_call_runs(monkeypatch):
     loop.start()
     assert entered.wait(10)
     try:
-        with pytest.raises(BackendError, match="may still have torque"):
-            backend.close()
-        assert arm.disconnects == 0
+        yield
     finally:
         go.set()
         loop.join(10)
+
+
+def test_close_does_not_disconnect_while_another_call_runs(monkeypatch):
+    monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
+    backend, arm = connected()
+    with in_a_long_reading(backend, arm):
+        with pytest.raises(BackendError, match="may still have torque"):
+            backend.close()
+        assert arm.disconnects == 0
     backend.close()
     assert arm.disconnects == 1
 
@@ -396,22 +404,8 @@ def test_close_does_not_disconnect_while_another_call_runs(monkeypatch):
 def test_nothing_is_sent_after_a_stop_that_could_not_wait(monkeypatch):
     monkeypatch.setattr(lerobot, "_WAIT_S", 0.05)
     backend, arm = connected()
-    entered, go = threading.Event(), threading.Event()
-    observation = arm.get_observation
-
-    def get_observation():
-        entered.set()
-        assert go.wait(10)
-        return observation()
-
-    arm.get_observation = get_observation
-    loop = threading.Thread(target=backend.observe)
-    loop.start()
-    assert entered.wait(10)
-    with pytest.raises(BackendError, match="emergency stop"):
+    with in_a_long_reading(backend, arm), pytest.raises(BackendError, match="emergency stop"):
         backend.stop()
-    go.set()
-    loop.join(10)
     with pytest.raises(BackendError, match="is stopped"):
         backend.apply(vector(1, 1, 1))
     backend.stop()

@@ -148,6 +148,10 @@ def test_an_episode_may_be_told_what_means_the_same(told: str, expected: list[li
     words = {"go": [1, 0], "go there": [2, 3], "run": [4, 0], "stop": [5, 0]}
     spec = replace(SPEC, instructions={"t": ("go", "go there"), "other": "stop"})
     assert wordings(spec, "t", told, lambda text: np.array(words[text])).tolist() == expected
+    # A text that says nothing does not hide those behind it.
+    silent = replace(SPEC, instructions={"t": ("", "go")})
+    nothing = {**words, "": [0, 0]}
+    assert wordings(silent, "t", "go", lambda text: np.array(nothing[text])).tolist() == [[1, 0], [0, 0]]
     assert wordings(spec, "other", "stop", lambda text: np.array(words[text])).tolist() == [[5, 0], [0, 0]]
 
 
