@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bridge.backend import BackendError, BackendSpec, Float32, Observation, Outcome, UInt8
+from bridge.backends.frozen import Frozen
 from bridge.backends.lerobot_features import OPTIONS, LeRobotOptions, read_spec
 from bridge.backends.lerobot_making import forget_late_answers, make_robot, said
 from bridge.backends.resizing import Resizer
@@ -47,6 +48,7 @@ class LeRobot:
         self._spec = read_spec(self._robot.observation_features, self._robot.action_features, options)
         self._low, self._high = (np.array(x, np.float32) for x in (self._spec.action.low, self._spec.action.high))
         self._resizers: dict[tuple[int, ...], Resizer] = {}
+        self._frozen: dict[str, Frozen] = {}
         # The actions that stand still at what is read under their names.
         self._reads = tuple(
             name for name, action in options.actions.items() if options.kind == "absolute" and action.hold is None
@@ -92,6 +94,7 @@ class LeRobot:
                 f"{self._name} is not calibrated: it has no calibration file, or its motors hold other values than the "
                 f"file; run `lerobot-calibrate` for this robot, with the same id as in {OPTIONS}.config"
             )
+        self._frozen = {camera.name: Frozen() for camera in self._spec.cameras}
         self._connected = True
 
     def reset(self, task: str, seed: int) -> None:
@@ -105,11 +108,13 @@ class LeRobot:
             self._forget()
 
     def observe(self) -> Observation:
-        """Read the robot once, all its cameras with it."""
+        """Read the robot once, all its cameras with it. Raises `BackendError`, also where a camera is frozen."""
         with self._alone():
             reading = self._read()
+            taken_s = time.monotonic()
         state = self._numbers(reading, self._spec.state.names, "get_observation")
-        return Observation({camera.name: self._image(reading, camera.name) for camera in self._spec.cameras}, state)
+        images = {camera.name: self._image(reading, camera.name, taken_s) for camera in self._spec.cameras}
+        return Observation(images, state)
 
     def apply(self, action: Float32) -> Float32:
         """Clip to the limits and send; returns float32 `[d]` as the robot says that it was sent. Raises `BackendError`
@@ -286,11 +291,17 @@ class LeRobot:
             raise BackendError(f"{source}() of {self._name} gives {', '.join(wrong)} as not finite; is it plugged in?")
         return vector
 
-    def _image(self, reading: Mapping[str, Any], name: str) -> UInt8:
+    def _image(self, reading: Mapping[str, Any], name: str, taken_s: float) -> UInt8:
         image = np.asarray(reading.get(name))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BackendError(
                 f"camera {name} of {self._name} gives {image.dtype}{list(image.shape)}, expected uint8 [H, W, 3]"
+            )
+        frozen_after_s = self._options.frozen_after_s
+        if frozen_after_s is not None and (same_s := self._frozen[name].same_s(image, taken_s)) > frozen_after_s:
+            raise BackendError(
+                f"camera {name} of {self._name} has sent the very same picture for {same_s:.1f} s; it is frozen: see "
+                f"its cable, then connect again ({OPTIONS}.frozen_after_s)"
             )
         wanted = self._options.cameras[name]
         key = (*image.shape[:2], wanted.height, wanted.width)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, VectorSpec
+from bridge.backends.frozen import FROZEN_S
 from bridge.config import ConfigError, Positive
 
 OPTIONS = "$.backend.options"
@@ -59,6 +60,9 @@ class LeRobotOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Image features that the policy sees."""
     kind: Literal["absolute", "delta"] = "absolute"
     """Whether actions are targets, or relative to where the robot is."""
+    frozen_after_s: Positive | None = FROZEN_S
+    """A camera that has sent the very same picture for longer is frozen, and the robot stops. null: never, for pictures
+    that are drawn."""
 
 
 def read_spec(observations: Mapping[str, Any], actions: Mapping[str, Any], options: LeRobotOptions) -> BackendSpec:

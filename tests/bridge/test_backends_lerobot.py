@@ -155,6 +155,33 @@ def test_a_camera_that_is_gone_does_not_keep_the_arm_from_holding():
     assert arm.commands[-1] == dict.fromkeys(("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"), 1.0)
 
 
+@pytest.mark.parametrize("frozen_after_s", [2.0, None])
+def test_a_camera_that_is_frozen_stops_the_robot_and_it_can_hold(frozen_after_s, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("bridge.backends.lerobot.time.monotonic", lambda: clock[0])
+    backend, arm = connected(frozen_after_s=frozen_after_s)
+    picture = np.zeros((8, 12, 3), np.uint8)
+    reading = {**arm.get_observation(), "wrist": picture}  # a driver that fills one and the same array
+    monkeypatch.setattr(arm, "get_observation", lambda: reading)
+    for now in (0.0, 1.9, 2.0, 3.0):
+        clock[0] = now
+        picture[0, 0] = min(now, 1.0)
+        backend.observe()
+    backend.apply(vector(1, 1, 1))
+    clock[0] = 4.0
+    if frozen_after_s is None:
+        backend.observe()
+        return
+    with pytest.raises(
+        BackendError, match=r"wrist of lerobot_robot:Arm has sent the very same picture for 2.1 s; it is f"
+    ):
+        backend.observe()
+    backend.stop()
+    assert arm.commands[-1] == dict.fromkeys(("shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"), 1.5)
+    picture[0, 0] = 7
+    backend.observe()
+
+
 def test_what_was_sent_before_a_reset_is_no_place_to_hold_at():
     backend, arm = connected()
     backend.apply(vector(1, 1, 1))

@@ -134,6 +134,7 @@ class Robot:
             },
         }
         options["cameras"] = {"side": {"height": HEIGHT, "width": WIDTH}}
+        options["frozen_after_s"] = None  # its pictures are drawn
         self.path = directory / "lerobot.yaml"
         self.path.write_text(yaml.safe_dump(self.config))
 

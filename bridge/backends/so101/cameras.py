@@ -10,14 +10,13 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from bridge.backend import BackendError, UInt8
+from bridge.backends.frozen import FROZEN_S, Frozen
 
 Pixels = Annotated[int, Meta(ge=8, le=2160)]
 FIRST_PICTURE_S = 5.0
 """USB cameras take a second or two to start."""
 STALE_S = 0.5
 """A picture older than this is not what the robot sees now."""
-FROZEN_S = 2.0
-"""Noise changes every picture of a sensor; one that stays the same for longer comes from a driver that hangs."""
 
 
 class ArmCamera(Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,8 +50,8 @@ class OpenCVCamera:
             )
         self._capture.set(cv2.CAP_PROP_FRAME_WIDTH, options.capture_width)
         self._capture.set(cv2.CAP_PROP_FRAME_HEIGHT, options.capture_height)
-        self._newest: tuple[float, Any] | None = None
-        self._changed_s = 0.0
+        self._newest: tuple[float, float, Any] | None = None  # when it was taken, for how long it is the same, and it
+        self._frozen = Frozen()
         self._arrived = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._grab, name=f"camera {options.name}", daemon=True)
@@ -65,11 +64,10 @@ class OpenCVCamera:
         """The newest picture, uint8 RGB `[height, width, 3]`. Raises `BackendError` if it is old."""
         newest = self._newest
         assert newest is not None
-        taken_s, picture = newest
+        taken_s, same_s, picture = newest
         age_s = time.monotonic() - taken_s
         if age_s > STALE_S:
             raise BackendError(f"camera {self._options.name}: its last picture is {age_s:.1f} s old; see its cable")
-        same_s = taken_s - self._changed_s
         if same_s > FROZEN_S:
             raise BackendError(
                 f"camera {self._options.name}: it has sent the very same picture for {same_s:.1f} s; it is frozen, "
@@ -88,10 +86,8 @@ class OpenCVCamera:
         while not self._closing:
             good, picture = self._capture.read()
             if good:
-                now_s, before = time.monotonic(), self._newest
-                if before is None or not np.array_equal(before[1], picture):
-                    self._changed_s = now_s
-                self._newest = (now_s, picture)
+                now_s = time.monotonic()
+                self._newest = (now_s, self._frozen.same_s(picture, now_s), picture)
                 self._arrived.set()
             else:
                 # Unplugged: `read` says so once the last picture is old.
