@@ -69,10 +69,12 @@ class Operator:
         elif reset:
             self.stopped = ""
         everybody = message.command in ("stop", "reset") or not message.robot
-        told = [robot for robot in self._robots.values() if everybody or robot.client == message.robot]
+        told = {
+            name: robot for name, robot in self._named().items() if everybody or message.robot in (name, robot.client)
+        }
         if message.command in ("end", "success", "failure"):
-            told = [robot for robot in told if self._is_in(robot, message.episode)]
-        for robot in told:
+            told = {name: robot for name, robot in told.items() if self._is_in(robot, message.episode)}
+        for robot in told.values():
             self._change(robot, message)
             self._send(robot, reset=reset)
         if everybody and message.command in ("pause", "resume"):
@@ -80,8 +82,7 @@ class Operator:
         if message.command == "stop":
             for session in self._sessions.by_id.values():
                 self._abort(session, f"stopped: {self.stopped}")
-        names = tuple(sorted(robot.client for robot in told))
-        self._router.send(identity, Operated(request=message.request, robots=names))
+        self._router.send(identity, Operated(request=message.request, robots=tuple(sorted(told))))
 
     def forget_before(self, limit_s: float) -> None:
         """Forget bridges that were last seen before that time."""
@@ -93,14 +94,20 @@ class Operator:
         return any(robot.session == session.session and robot.state == "paused" for robot in self._robots.values())
 
     def robots(self) -> dict[str, str]:
-        """Client -> what it does, and why. Of several with one name each has a line of its own."""
-        found: dict[str, str] = {}
+        """Name -> what it does, and why."""
+        return {
+            name: f"{robot.state}: {robot.why}" if robot.why else robot.state for name, robot in self._named().items()
+        }
+
+    def _named(self) -> dict[str, Robot]:
+        """By the name of the client; of several with one name all but the first have a number too."""
+        found: dict[str, Robot] = {}
         for robot in self._robots.values():
             name, number = robot.client, 1
             while name in found:
                 number += 1
                 name = f"{robot.client} ({number})"
-            found[name] = f"{robot.state}: {robot.why}" if robot.why else robot.state
+            found[name] = robot
         return found
 
     def _change(self, robot: Robot, message: Operate) -> None:

@@ -204,13 +204,19 @@ def test_a_verdict_is_for_the_episode_that_it_names_and_for_no_other(scene: Call
     assert s.bridge.orders().end == "success"
 
 
-def test_robots_of_one_name_are_told_apart_in_the_status(scene: Callable[..., Scene]) -> None:
+def test_robots_of_one_name_are_told_apart(scene: Callable[..., Scene]) -> None:
     s = scene()
     s.bridge.beat("stopped", "by its guard")
     other = Bridge(s.serving.endpoint, "arm", "")
     other._socket.send_multipart(encode(Watch(request=1, bridge="x", client="arm", session="", state="driving")))
     other.orders()
     assert s.serving.status()["robots"] == {"arm": "stopped: by its guard", "arm (2)": "driving"}
+    assert s.operate("pause", robot="arm (2)") == ("arm (2)",)
+    assert other.orders().paused and not s.bridge.beat("stopped").paused
+    assert s.operate("success", robot="arm (2)") == (), "it is in no episode"
+    # The first may be what a robot that was started again left behind.
+    assert s.operate("pause", robot="arm") == ("arm", "arm (2)")
+    assert s.bridge.orders().paused and other.orders().paused
     other.close()
 
 
