@@ -166,11 +166,15 @@ class EpisodeIndex:
         )
         return [status == "success" for (status,) in reversed(found)]
 
-    def next_to(self, seq: int, older: int) -> str | None:
-        """The id of the episode just before `seq` (`older` 1) or just after it (-1); None at the end."""
-        where, order = ("seq < ?", "DESC") if older > 0 else ("seq > ?", "ASC")
-        query = f"SELECT episode FROM episodes WHERE {where} ORDER BY seq {order} LIMIT 1"  # noqa: S608 (no input)
-        found = self._database.rows(query, (seq,))
+    def next_to(
+        self, seq: int, older: int, *, task: str | None = None, status: End | None = None, version: str | None = None
+    ) -> str | None:
+        """The id of the episode that fits (see `list`) just before `seq` (`older` 1) or just after it (-1); None at the
+        end.
+        """
+        where, order = ("seq < ?4", "DESC") if older > 0 else ("seq > ?4", "ASC")
+        query = f"SELECT episode FROM rated{_FILTER} AND {where} ORDER BY seq {order} LIMIT 1"  # noqa: S608 (no input)
+        found = self._database.rows(query, (task, status, version, seq))
         return str(found[0][0]) if found else None
 
     def tallies(self, last: int) -> builtins.list[Tally]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import urlencode
 
 from nicegui import ui
 from starlette.requests import Request
@@ -44,12 +45,15 @@ def register(view: RunView) -> None:
             table = ui.table(rows=[], columns=COLUMNS, row_key="id", pagination=25)
             table.classes("w-full figures cursor-pointer").props("flat dense")
             table.add_slot("body-cell-status", STATUS_CELL)
-            table.on("row-click", lambda event: ui.navigate.to(f"/episodes/{event.args[1]['id']}"))
+            table.on("row-click", lambda event: ui.navigate.to(episode_url(event.args[1]["id"], **chosen())))
             ui.label("Open one to see it and to say how it went.").classes("text-sm opacity-70")
 
+        def chosen() -> dict[str, Any]:
+            status = wanted.value if wanted.value != "all" else None
+            return {"status": status, "task": task.value or None, "version": version.value or None}
+
         def find() -> list[EpisodeRow]:
-            chosen = wanted.value if wanted.value != "all" else None
-            return view.index.list(limit=LAST, status=chosen, task=task.value or None, version=version.value or None)
+            return view.index.list(limit=LAST, **chosen())
 
         async def refresh() -> None:
             found = await asyncio.to_thread(find)
@@ -61,6 +65,12 @@ def register(view: RunView) -> None:
         every(2 * REFRESH_S, refresh)
         for control in (wanted, task, version):
             control.on_value_change(refresh)
+
+
+def episode_url(episode: str, **chosen: str | None) -> str:
+    """Address of one episode's page, whose neighbours are those that were `chosen`."""
+    query = urlencode({key: value for key, value in chosen.items() if value})
+    return f"/episodes/{episode}?{query}" if query else f"/episodes/{episode}"
 
 
 def _row(row: EpisodeRow) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -11,7 +12,7 @@ from nicegui import events, ui
 from starlette.requests import Request
 
 from fieldtune.page import actions
-from fieldtune.page.episodes import STATUS_COLOURS
+from fieldtune.page.episodes import STATUS_COLOURS, episode_url
 from fieldtune.page.frame import REFRESH_S, act, every, frame, line_chart, name_of, pressed, set_lines, when
 from fieldtune.page.logged import Logged
 from fieldtune.page.view import RunView
@@ -33,7 +34,7 @@ def register(view: RunView) -> None:
     """Add the page."""
 
     @ui.page("/episodes/{episode}")
-    async def page(request: Request, episode: str) -> None:
+    async def page(request: Request, episode: str, status: str = "", task: str = "", version: str = "") -> None:
         name = name_of(request)
         row = await asyncio.to_thread(view.index.get, episode)
         with frame(view, "Episodes", name):
@@ -41,7 +42,8 @@ def register(view: RunView) -> None:
                 ui.label(f"There is no episode {episode} in {view.run.episodes}.")
                 return
             players: list[Player] = []
-            _show(view, name, row, players)
+            chosen = {"status": status or None, "task": task or None, "version": version or None}
+            _show(view, name, row, players, chosen)
             place = ui.column().classes("w-full gap-4")
         # The page is there before the file has been read, which may take long.
         await ui.context.client.connected()
@@ -55,7 +57,8 @@ def register(view: RunView) -> None:
                 players.append(Player(row, logged))
 
 
-def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player]) -> None:
+def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player], chosen: dict[str, Any]) -> None:
+    """`chosen` says which episodes come before and after: those of the list that one came from."""
     with ui.row().classes("w-full items-center gap-2"):
         ui.label(row.task).classes("text-lg font-medium")
         status = ui.badge()
@@ -86,11 +89,12 @@ def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player]) -> N
         await refresh()
 
     async def go(older: int) -> None:
-        near = await asyncio.to_thread(view.index.next_to, row.seq, older)
+        near = await asyncio.to_thread(partial(view.index.next_to, row.seq, older, **chosen))
         if near:
-            ui.navigate.to(f"/episodes/{near}")
+            ui.navigate.to(episode_url(near, **chosen))
         else:
-            ui.notify("that is the last one" if older > 0 else "that is the newest one")
+            which = ", ".join(value for value in chosen.values() if value)
+            ui.notify(f"{'no older' if older > 0 else 'no newer'} one{f' of {which}' if which else ''}")
 
     async def key(event: events.KeyEventArguments) -> None:
         typed = pressed(event)

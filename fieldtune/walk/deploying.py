@@ -43,9 +43,7 @@ def put_to_work(walk: Walk, weak: str) -> None:
     )
     for robot in walk.robots:
         walk.start(robot)
-    walk.until(
-        lambda: walk.success(weak)[1] >= FIRST_EPISODES, f"{FIRST_EPISODES} episodes", EPISODES_S, walk.robots[0]
-    )
+    walk.until(lambda: walk.success(weak)[1] >= FIRST_EPISODES, f"{FIRST_EPISODES} episodes", EPISODES_S, *walk.robots)
     successes, episodes = walk.success(weak)
     share = successes / episodes
     walk.check(f"version {weak[:12]} is live", walk.registry.live() == weak)
@@ -126,7 +124,7 @@ def promote_good(walk: Walk, flipped_one: str) -> str:
         lambda: walk.success(version)[1] >= before[1] + AFTERWARDS_EPISODES,
         f"{AFTERWARDS_EPISODES} episodes of {version[:12]}",
         EPISODES_S,
-        walk.robots[0],
+        *walk.robots,
     )
     successes, episodes = (now - then for now, then in zip(walk.success(version), before, strict=True))
     walk.check(f"success since: {successes / episodes:.2f} in {episodes} episodes", successes / episodes > 0.7)
@@ -162,9 +160,7 @@ def _through_canary(walk: Walk, version: str) -> None:
         f"{version[:12]} passed the gate: {_gate(gate)}" if canary else f"{version[:12]} is no canary", bool(canary)
     )
     if canary:
-        walk.until(
-            lambda: _ended(walk.stage(version)), f"the end of the canary {version[:12]}", CANARY_S, walk.robots[0]
-        )
+        walk.until(lambda: _ended(walk.stage(version)), f"the end of the canary {version[:12]}", CANARY_S, *walk.robots)
 
 
 def _ended(last: StageChange | None) -> bool:

@@ -103,13 +103,17 @@ class Walk:
 
     # --- waiting --------------------------------------------------------------------------------------------------
 
-    def until(self, condition: Callable[[], bool], what: str, within_s: float, child: Child) -> None:
-        """Wait, with all children kept alive. Raises `WalkError` with the end of the child's log after `within_s`."""
+    def until(self, condition: Callable[[], bool], what: str, within_s: float, *children: Child) -> None:
+        """Wait, with all children kept alive. Raises `WalkError` with the ends of these children's logs after
+        `within_s`.
+        """
         deadline_s = time.monotonic() + within_s
         with err.status(escape(f"waiting for: {what}")):  # on a terminal only
             while not condition():
                 if time.monotonic() > deadline_s:
-                    raise WalkError(f"waited {within_s:g} s in vain for: {what}{child.tail()}")
+                    raise WalkError(
+                        f"waited {within_s:g} s in vain for: {what}{''.join(child.tail() for child in children)}"
+                    )
                 self._look_after_children()
 
     def _wait_for_enter(self) -> None:

@@ -171,8 +171,10 @@ def test_labels_given_on_the_page_are_in_the_log_and_are_what_the_trainer_takes(
     assert scene.metrics() == [], "nothing is learned from what nobody has judged"
     page.goto(f"{scene.url}/episodes?status=unjudged")
     page.get_by_text("to judge").wait_for()
-    page.goto(f"{scene.url}/episodes/{rows[0].episode}")
+    page.goto(f"{scene.url}/episodes/{rows[0].episode}?status=unjudged")
     page.get_by_text("unjudged").wait_for()
+    page.keyboard.press("o")
+    page.get_by_text("no older one of unjudged").wait_for()
     page.get_by_role("button", name="success (s)").click()
     page.get_by_text("labelled by").wait_for()
     given = {rows[0].episode: "success"}
@@ -186,7 +188,11 @@ def test_labels_given_on_the_page_are_in_the_log_and_are_what_the_trainer_takes(
         scene.until(lambda e=episode, s=status: scene.row(e).status == s, f"{status} in the log")  # type: ignore[misc]
         assert scene.row(episode).labelled_by
     assert scene.metrics() == [], "three are not enough for an iteration"
-    page.goto(f"{scene.url}/episodes/{rows[4].episode}")
+    # On from the list of what is to be judged: what has been judged meanwhile is passed over.
+    page.goto(f"{scene.url}/episodes/{rows[2].episode}?status=unjudged")
+    page.get_by_text("labelled by").wait_for()
+    page.keyboard.press("n")
+    page.wait_for_url(f"**/episodes/{rows[4].episode}?status=unjudged")
     page.get_by_text("unjudged").wait_for()
     page.keyboard.press("s")
     page.get_by_text("labelled by").wait_for()

@@ -199,10 +199,11 @@ def test_each_line_is_one_enter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wait_ends_and_says_what_for_with_the_end_of_the_log(tmp_path: Path) -> None:
     up = Up(load_deployment("walk", [f"runs={tmp_path}"]), "walk", (), threading.Event(), quiet=True)
     walk = Walk(up, pause=False)
-    child = Child("runtime", [], tmp_path / "runtime.log")
+    child, other = (Child(name, [], tmp_path / f"{name}.log") for name in ("runtime", "robot"))
     (tmp_path / "runtime.log").write_text("out of memory\n")
-    with pytest.raises(WalkError, match=r"in vain for: an episode(.|\n)*out of memory"):
-        walk.until(lambda: False, "an episode", 0.01, child)
+    (tmp_path / "robot.log").write_text("no power\n")
+    with pytest.raises(WalkError, match=r"in vain for: an episode(.|\n)*out of memory(.|\n)*no power"):
+        walk.until(lambda: False, "an episode", 0.01, child, other)
     up.stop.set()
     with pytest.raises(WalkError, match="stopped"):
         walk.until(lambda: False, "an episode", 60.0, child)

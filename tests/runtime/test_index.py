@@ -87,6 +87,8 @@ def test_neighbours_and_what_waits_to_be_judged(tmp_path: Path) -> None:
     assert index.waiting() == 2
     index.label("a", "discard", "Ada")
     assert index.waiting() == 1
+    assert [index.next_to(3, 1, status=status) for status in ("unjudged", "aborted", "failure")] == ["b", "a", None]
+    assert index.next_to(1, -1, status="success", task="t") == "c" and index.next_to(1, -1, task="no such") is None
 
 
 def test_reading_makes_nothing(tmp_path: Path) -> None:
