@@ -44,18 +44,12 @@ from trainer.critic import Critic, explained_variance, fit, values
 from trainer.environment import cpu_time
 from trainer.experience import Experience
 from trainer.export import load_weights
+from trainer.intake import Intake
 from trainer.ratio import check_ratio
 from trainer.tensorboard import Curves, require_tensorboard
 from trainer.versions import Versions
 from trainer.vla import VLA
 from trainer.weight import Weight, WeightSchedule
-
-POLL_S = 0.2
-STILL_WAITING_S = 60.0
-PULL_ROWS = 1000
-# More than this many times the wanted episodes are not learned from at once: updates that take longer than collecting
-# their episodes would otherwise grow without end.
-LARGEST_BATCH = 2
 
 
 class TrainingError(FieldtuneError):
@@ -163,9 +157,16 @@ class ContinualTrainer:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._versions.set_exploration(config.ppo)
-        self._labels = self._state.labels
-        self._awaited: set[str] = set()
-        self._collect_wait_s = 0.0
+        self._intake = Intake(
+            self._index,
+            self._versions,
+            config,
+            self._tasks,
+            cursor=self._state.cursor,
+            labels=self._state.labels,
+            stop=stop,
+            warn=warn,
+        )
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
@@ -192,75 +193,9 @@ class ContinualTrainer:
         """The demonstration buffer."""
         return self._buffer
 
-    # --- collecting ---------------------------------------------------------------------------------------------------
-
     def collect(self) -> list[EpisodeRow] | None:
         """Wait for enough exploring episodes: all rows since the cursor, or None when training is `finished`."""
-        wanted = self._config.episodes_per_iteration * len(self._tasks)
-        rows: list[EpisodeRow] = []
-        newest, ready = self._state.cursor, 0
-        began_s = news_s = time.monotonic()
-        was_on_trial = False
-        while not self.finished():
-            judged = self._judged(newest)
-            known = {row.episode for row in judged}
-            rows = [row for row in rows if row.episode not in known] + judged
-            new = self._index.after(newest, PULL_ROWS)
-            # Asked once: a trial that ends below must not let rows through before what is live has been followed.
-            on_trial = self._versions.on_trial
-            if new:
-                rows += new
-                newest = new[-1].seq
-                news_s = time.monotonic()
-            if new or was_on_trial:
-                # Another version may be live, by rule or by hand: then everything is older than it was.
-                self._follow_live()
-            if new or judged or was_on_trial:
-                ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
-            was_on_trial = on_trial
-            if len(new) == PULL_ROWS:
-                continue
-            if ready >= wanted and not on_trial:
-                self._collect_wait_s = time.monotonic() - began_s
-                return rows
-            if time.monotonic() - news_s > STILL_WAITING_S:
-                self._warn(f"waiting for episodes: {ready} of {wanted}, none in the last {STILL_WAITING_S:g} s")
-                news_s = time.monotonic()
-            self._stop.wait(POLL_S)
-        return None
-
-    def _judged(self, newest: int) -> list[EpisodeRow]:
-        """Rows up to `newest` that somebody has labelled since the last time, as they count now; those above come by
-        themselves.
-        """
-        labels = self._index.labels_after(self._labels)
-        if not labels:
-            return []
-        self._labels = labels[-1].number
-        self._awaited |= {label.episode for label in labels if label.awaited}
-        rows = [self._index.get(episode) for episode in dict.fromkeys(label.episode for label in labels)]
-        return [row for row in rows if row is not None and row.seq <= newest]
-
-    def _was_taken(self, row: EpisodeRow) -> bool:
-        """Whether PPO has had its turn with an episode: a label then changes the buffer only."""
-        return row.seq <= self._state.cursor and row.episode not in self._awaited
-
-    def _age(self, version: str) -> int:
-        """How many versions ago it acted; too many to learn from if it explored with another noise than is now."""
-        behaviours, limit = self._versions.behaviours, self._config.max_staleness_versions
-        age = behaviours.age(version)
-        return age if age > limit or behaviours.explored_like(version, self._vla) else age + limit + 1
-
-    def _is_exploring(self, row: EpisodeRow) -> bool:
-        # One that nobody has judged yet is taken when somebody does.
-        if row.deleted or row.status in ("aborted", "unjudged"):
-            return False
-        return row.explore and row.source == "policy" and row.task in self._tasks
-
-    def _is_fresh(self, row: EpisodeRow) -> bool:
-        """Whether PPO can learn from some of its decisions."""
-        limit = self._config.max_staleness_versions
-        return self._is_exploring(row) and any(self._age(version) <= limit for version in row.versions)
+        return self._intake.wait(self.finished, self._follow_live)
 
     # --- one iteration ------------------------------------------------------------------------------------------------
 
@@ -276,7 +211,7 @@ class ContinualTrainer:
             self._tasks,
             self._config.ppo,
             tokens=self._tokens,
-            age=self._age,
+            age=self._versions.age,
             max_age=self._config.max_staleness_versions,
         )
         ratio_error = check_ratio(batch, self._versions.behaviours, self._rng)
@@ -287,9 +222,7 @@ class ContinualTrainer:
         if self._stop.is_set() and (warming_up or result is None):
             return None
         self._state.iteration += 1
-        self._state.cursor = max(self._state.cursor, *(row.seq for row in rows))
-        self._state.labels = self._labels
-        self._awaited.clear()
+        self._state.cursor, self._state.labels = self._intake.take(rows)
         self._state.env_steps += sum(episode.steps for episode in episodes)
         if result is not None:
             self._state.after_warmup += 1
@@ -328,7 +261,7 @@ class ContinualTrainer:
             "staleness_versions_max": int(batch.age[batch.fresh].max()),
             **counts,
             "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
-            "collect_wait_s": self._collect_wait_s,
+            "collect_wait_s": self._intake.waited_s,
             "learn_s": time.monotonic() - began_s,
             "cpu_idle_share": self._cpu_idle_share(),
         }
@@ -342,33 +275,29 @@ class ContinualTrainer:
 
     def _take(self, rows: list[EpisodeRow]) -> tuple[list[Episode], dict[str, int]]:
         """Read the episodes, tell buffer and weight of them, and give the newest ones that PPO can learn from."""
-        most = LARGEST_BATCH * self._config.episodes_per_iteration * len(self._tasks)
-        exploring = [row for row in rows if self._is_exploring(row)]
-        taken = {row.seq for row in rows if self._was_taken(row)}
-        fresh = [row for row in exploring if self._is_fresh(row) and row.seq not in taken]
-        learnable = {row.seq for row in fresh[-most:]}
+        found = self._intake.sort(rows)
         for row in rows:
-            if row.seq in taken and row.status != "success":
+            if row.seq in found.taken and row.status != "success":
                 self._buffer.discard(row.episode)
         episodes: list[Episode] = []
         counts = {
             "aborted": sum(row.status == "aborted" for row in rows),
             "unreadable": 0,
-            "dropped_stale": sum(row.decisions for row in exploring if row.seq not in learnable | taken),
+            "dropped_stale": found.stale_decisions,
         }
-        for row in exploring:
+        for row in found.exploring:
             try:
                 episode = read_row(self._index, row)
             except EpisodeError as error:
                 self._warn(f"{error}; it is left out")
                 counts["unreadable"] += 1
                 continue
-            if row.seq not in taken:
+            if row.seq not in found.taken:
                 self._weight.add_results(row.task, [episode.success])
             if episode.success:
                 samples = partial(self._experience.samples, episode)
                 self._buffer.offer(row.task, row.episode, row.steps, row.versions, samples)
-            if row.seq in learnable:
+            if row.seq in found.learnable:
                 episodes.append(episode)
         return episodes, counts
 

@@ -43,6 +43,8 @@ class Versions:
         self._vla, self._announce, self._warn = vla, announce, warn
         self._exporter = Exporter.of_bundle(vla, bundle)
         self.behaviours = Behaviours(run.policies, vla, max_staleness_versions + 2)
+        self.max_staleness_versions = max_staleness_versions
+        """Decisions of older versions are not learned from."""
         self.current = bundle.version
 
     def add(self, made: dict[str, Any]) -> None:
@@ -51,6 +53,13 @@ class Versions:
         self._registry.add(version, parent=self.current, made=made)
         self.behaviours.remember(version, self._vla)
         self.current = version
+
+    def age(self, version: str) -> int:
+        """How many versions ago it acted; more than `max_staleness_versions` if it explored with another noise than is
+        now, since nothing can be learned from that.
+        """
+        age, limit = self.behaviours.age(version), self.max_staleness_versions
+        return age if age > limit or self.behaviours.explored_like(version, self._vla) else age + limit + 1
 
     @property
     def on_trial(self) -> bool:

@@ -25,7 +25,7 @@ from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
-from trainer import continual, metrics
+from trainer import continual, intake, metrics
 from trainer.config import DemosConfig, StopConfig, TrainerConfig
 from trainer.continual import ContinualTrainer, TrainingError, train
 from trainer.demos import demo_rows
@@ -518,7 +518,7 @@ def test_without_a_policy_it_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_waiting_is_told_of(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(continual, "STILL_WAITING_S", 0.05)
+    monkeypatch.setattr(intake, "STILL_WAITING_S", 0.05)
     told = threading.Event()
     stop = threading.Event()
 
