@@ -85,8 +85,8 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     clip: Positive = 0.2
     """Clipping range of the ratio of the executed slice."""
     target_kl: Positive = 0.05
-    """KL that an update should have, in nats a decision: the learning rate follows it, and an update that is at twice
-    this ends."""
+    """KL that an update should have, in nats a decision, as its last pass over the batch goes: the learning rate
+    follows it, and an update that is at twice this ends."""
     lr: Positive = 5e-5
     """Learning rate of the actor at first; it stays between a tenth of this and ten times this."""
     epochs: Count = 5
