@@ -140,8 +140,8 @@ class Watch(Message, frozen=True, tag="watch"):
 
 
 class Operate(Message, frozen=True, tag="operate"):
-    """The operator's word to all robots of the runtime, or to `robot`; needs no hello. `robot` is a name in the status,
-    or of a client, for all that have it.
+    """The operator's word to all robots of the runtime, or to `robot`; needs no hello. `robot` names a client, for
+    all robots of that name, or one of them, `CLIENT (BRIDGE)` with the first eight characters of its `Watch.bridge`.
 
     `stop` and `reset` are always for all. `end`, `success` and `failure` are for the episode that is open now; with
     `episode` only for that one, so that a word that comes late does not end the next.

@@ -20,12 +20,18 @@ class Robot:
     """One bridge that watches."""
 
     identity: bytes
+    bridge: str
     client: str
     session: str
     state: RobotState
     why: str
     seen_s: float
     paused: bool
+
+    @property
+    def own_name(self) -> str:
+        """A name that no other robot ever gets: an order that comes late must not reach, and move, another one."""
+        return f"{self.client} ({self.bridge[:8]})"
 
 
 class Operator:
@@ -44,6 +50,7 @@ class Operator:
         known = self._robots.get(message.bridge)
         robot = self._robots[message.bridge] = Robot(
             identity=identity,
+            bridge=message.bridge,
             client=message.client,
             session=message.session,
             state=message.state,
@@ -69,12 +76,12 @@ class Operator:
         elif reset:
             self.stopped = ""
         everybody = message.command in ("stop", "reset") or not message.robot
-        told = {
-            name: robot for name, robot in self._named().items() if everybody or message.robot in (name, robot.client)
-        }
+        told = [
+            robot for robot in self._robots.values() if everybody or message.robot in (robot.client, robot.own_name)
+        ]
         if message.command in ("end", "success", "failure"):
-            told = {name: robot for name, robot in told.items() if self._is_in(robot, message.episode)}
-        for robot in told.values():
+            told = [robot for robot in told if self._is_in(robot, message.episode)]
+        for robot in told:
             self._change(robot, message)
             self._send(robot, reset=reset)
         if everybody and message.command in ("pause", "resume"):
@@ -82,7 +89,8 @@ class Operator:
         if message.command == "stop":
             for session in self._sessions.by_id.values():
                 self._abort(session, f"stopped: {self.stopped}")
-        self._router.send(identity, Operated(request=message.request, robots=tuple(sorted(told))))
+        names = tuple(sorted(self._name(robot) for robot in told))
+        self._router.send(identity, Operated(request=message.request, robots=names))
 
     def forget_before(self, limit_s: float) -> None:
         """Forget bridges that were last seen before that time."""
@@ -96,19 +104,14 @@ class Operator:
     def robots(self) -> dict[str, str]:
         """Name -> what it does, and why."""
         return {
-            name: f"{robot.state}: {robot.why}" if robot.why else robot.state for name, robot in self._named().items()
+            self._name(robot): f"{robot.state}: {robot.why}" if robot.why else robot.state
+            for robot in self._robots.values()
         }
 
-    def _named(self) -> dict[str, Robot]:
-        """By the name of the client; of several with one name all but the first have a number too."""
-        found: dict[str, Robot] = {}
-        for robot in self._robots.values():
-            name, number = robot.client, 1
-            while name in found:
-                number += 1
-                name = f"{robot.client} ({number})"
-            found[name] = robot
-        return found
+    def _name(self, robot: Robot) -> str:
+        """That of its client; of several with one name all but the first go by their own."""
+        first = next(other for other in self._robots.values() if other.client == robot.client)
+        return robot.client if first is robot else robot.own_name
 
     def _change(self, robot: Robot, message: Operate) -> None:
         match message.command:

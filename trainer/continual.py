@@ -212,7 +212,7 @@ class ContinualTrainer:
             self._config.ppo,
             tokens=self._tokens,
             age=self._versions.age,
-            max_age=self._config.max_staleness_versions,
+            max_age=self._versions.max_staleness_versions,
         )
         ratio_error = check_ratio(batch, self._versions.behaviours, self._rng)
         warming_up = self._state.iteration < self._config.ppo.critic_warmup_iterations

@@ -210,12 +210,12 @@ def test_robots_of_one_name_are_told_apart(scene: Callable[..., Scene]) -> None:
     other = Bridge(s.serving.endpoint, "arm", "")
     other._socket.send_multipart(encode(Watch(request=1, bridge="x", client="arm", session="", state="driving")))
     other.orders()
-    assert s.serving.status()["robots"] == {"arm": "stopped: by its guard", "arm (2)": "driving"}
-    assert s.operate("pause", robot="arm (2)") == ("arm (2)",)
+    assert s.serving.status()["robots"] == {"arm": "stopped: by its guard", "arm (x)": "driving"}
+    assert s.operate("pause", robot="arm (x)") == ("arm (x)",)
     assert other.orders().paused and not s.bridge.beat("stopped").paused
-    assert s.operate("success", robot="arm (2)") == (), "it is in no episode"
+    assert s.operate("success", robot="arm (x)") == (), "it is in no episode"
     # The first may be what a robot that was started again left behind.
-    assert s.operate("pause", robot="arm") == ("arm", "arm (2)")
+    assert s.operate("pause", robot="arm") == ("arm", "arm (x)")
     assert s.bridge.orders().paused and other.orders().paused
     other.close()
 
