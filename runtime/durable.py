@@ -1,16 +1,23 @@
-"""Writing files so that a crash or a power cut leaves the old content or the new one, never something in between."""
+"""Writing files so that a crash or a power cut leaves the old content or the new one, never something in between; and
+keeping others out of a directory meanwhile.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
+
+from bridge.errors import FieldtuneError
+
+LOCK = "lock"
 
 
 def sync_file(path: Path) -> None:
@@ -49,6 +56,40 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+class ClaimedError(FieldtuneError):
+    """A directory that another process works in; the message says which and what to do."""
+
+
+def claim(directory: Path) -> IO[str]:
+    """Lock a directory, which must exist, for this process; the lock goes with the file, or with the process.
+
+    Raises `ClaimedError` if another has it.
+    """
+    file = (directory / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read(20).strip()
+        file.close()
+        raise ClaimedError(
+            f"{directory}: process {owner} is at work here already; stop it first, or choose another run"
+        ) from error
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def require_unclaimed(directory: Path) -> None:
+    """Raise `ClaimedError` if a process works in this directory, which need not exist."""
+    if (directory / LOCK).exists():
+        claim(directory).close()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -138,6 +138,8 @@ class Episode:
     steps: int
     reason: str = ""
     final: Observation | None = None
+    truncated: bool = False
+    """Time or the operator cut it off, whatever somebody said of it later."""
 
     @property
     def success(self) -> bool:

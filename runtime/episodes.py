@@ -13,18 +13,15 @@ SQLite's synchronous=FULL, and only then its `stored(None)`. Episodes that end t
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import threading
 import time
 from pathlib import Path
-from typing import IO
 
 from msgspec import Struct
 
 from bridge.errors import FieldtuneError
 from runtime.database import DatabaseError
-from runtime.durable import sync_directory
+from runtime.durable import claim, sync_directory
 from runtime.episode import DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
 from runtime.episode_file import EPISODE_ID, EpisodeFile
 from runtime.index import EpisodeIndex, EpisodeRow
@@ -79,13 +76,13 @@ class EpisodeLog:
 
         `queue_mb` bounds the records that wait for the disk, `keep_gb` the size of `done/` (`EpisodeIndex.hold` says
         what may be deleted), from which failures of the last `keep_failures_days` are excepted. Raises
-        `EpisodeLogError` if another process logs here, `DatabaseError` for a broken index, `OSError` where the
+        `ClaimedError` if another process logs here, `DatabaseError` for a broken index, `OSError` where the
         directory cannot be made.
         """
         self.directory = directory
         for name in ("open", "done"):
             (directory / name).mkdir(parents=True, exist_ok=True)
-        self._lock_file = _claim(directory)
+        self._lock_file = claim(directory)
         self.index = EpisodeIndex(directory)
         try:
             problems = recover(directory, self.index)
@@ -335,30 +332,3 @@ def _size_bytes(record: DecisionRecord | ExecutedRecord | EndRecord) -> int:
 
 def _ignore(_error: str | None) -> None:
     """For ends that nobody waits for."""
-
-
-def require_unclaimed(directory: Path) -> None:
-    """Raise `EpisodeLogError` if a process logs in this directory, which need not exist."""
-    if (directory / "lock").exists():
-        _claim(directory).close()
-
-
-def _claim(directory: Path) -> IO[str]:
-    """Lock the directory for this process; the lock goes with the file, or with the process."""
-    file = (directory / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read(20).strip()
-        file.close()
-        raise EpisodeLogError(
-            f"{directory}: process {owner} is logging here already; stop it first, or choose another run"
-        ) from error
-    except OSError:
-        file.close()
-        raise
-    return file

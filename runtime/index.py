@@ -269,15 +269,15 @@ class EpisodeIndex:
     def retire(self, need_bytes: int, failures_before_unix_s: float = math.inf) -> builtins.list[EpisodeRow]:
         """Mark the oldest episodes that may go as deleted until they free `need_bytes`; the caller removes the files.
 
-        Failures and time-outs may go only if they ended before `failures_before_unix_s`. Gives fewer, or none, if too
-        few are taken and not held.
+        Failures and time-outs may go only if they ended before `failures_before_unix_s`, what waits for somebody to say
+        how it went not at all. Gives fewer, or none, if too few are taken and not held.
         """
         retired: list[EpisodeRow] = []
         with self._database.transaction() as connection:
             candidates = connection.execute(
                 f"{_SELECT} WHERE deleted = 0 AND seq <= (SELECT through_seq FROM taken) "  # noqa: S608
                 "AND episode NOT IN (SELECT episode FROM held) "
-                "AND (status NOT IN ('failure', 'timeout') OR ended_unix_s < ?) ORDER BY seq",
+                "AND status != 'unjudged' AND (status NOT IN ('failure', 'timeout') OR ended_unix_s < ?) ORDER BY seq",
                 (failures_before_unix_s,),
             )
             for values in candidates:

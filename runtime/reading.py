@@ -102,7 +102,8 @@ def _read(path: Path) -> Episode:
                     final = _observation(tensor_arrays(record.tensors), start.spec) if record.tensors else None
     if start is None or end is None:
         raise EpisodeError(path, "the last record is missing; an episode can be read when it has ended")
-    return Episode(start, decisions, end.status, end.steps, end.reason, final)
+    truncated = end.status in ("timeout", "unjudged")
+    return Episode(start, decisions, end.status, end.steps, end.reason, final, truncated)
 
 
 def _decision(record: DecisionRecord, spec: BackendSpec) -> Decision:

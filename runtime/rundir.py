@@ -62,9 +62,14 @@ class RunDir:
         """Event files of TensorBoard, where `trainer.tensorboard` asks for them."""
         return self.trainer / "tensorboard"
 
+    @property
+    def evaluations(self) -> Path:
+        """One directory for each `evaluation`."""
+        return self.path / "eval"
+
     def evaluation(self, version: str, variant: str = "") -> Path:
         """Episode log and result of the evaluation of one version; a `variant` is one under other conditions."""
-        return self.path / "eval" / (f"{version}-{variant}" if variant else version)
+        return self.evaluations / (f"{version}-{variant}" if variant else version)
 
     @property
     def page_url(self) -> Path:

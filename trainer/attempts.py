@@ -32,6 +32,7 @@ from runtime.spawn import Spawned, end, spawn
 from runtime.supervisor import how_it_ended
 
 EXPERT_VERSION = "expert"
+DEMOS_CLIENT = "demos"
 ATTEMPT_TIMEOUT_S = 180.0
 """Besides its steps at the control rate; the first attempt of a worker starts its simulator."""
 STOP_S = 5.0
@@ -211,7 +212,7 @@ def _attempt(
         seed=job.seed,
         source="expert",
         explore=False,
-        client="demos",
+        client=DEMOS_CLIENT,
         spec=backend.spec,
         started_unix_s=time.time(),
     )

@@ -1,11 +1,12 @@
 """The on-policy batch: the decisions of whole exploring episodes, one row each, with their rewards.
 
 Rewards are computed here from how the episode ended and how many actions ran: every step costs `step_cost`, the step
-that succeeds earns `success_reward`. With `reward: backend`, an ablation, every step earns what the backend said,
-scaled, in place of the success. Only what was executed counts: a chunk of which k actions ran has a reward over k
-steps, a discount gamma^k, and the log-prob of these actions. A chunk that was asked for while another played begins
-where that one ended; steps in which the robot held because none came in time (`starved`) are steps of the chunk that
-ran out.
+that succeeds earns `success_reward`, and one that fails costs as much as if the robot went on for ever without success:
+were it free, failing soon would be the cheapest thing to do. With `reward: backend`, an ablation, every step earns what
+the backend said, scaled, in place of the success. Only what was executed counts: a chunk of which k actions ran has a
+reward over k steps, a discount gamma^k, and the log-prob of these actions. A chunk that was asked for while another
+played begins where that one ended; steps in which the robot held because none came in time (`starved`) are steps of the
+chunk that ran out.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Batch:
     discount: Float64
     """`[N]`: gamma^k."""
     terminated: NDArray[np.bool_]
-    """`[N]`: the episode ended with this decision in success or failure, so nothing comes after it."""
+    """`[N]`: the episode ended with this decision in success or failure, so nothing comes after it. One that was cut
+    off and called a failure later did not."""
     last: NDArray[np.bool_]
     """`[N]`: last decision of its episode."""
     episode: NDArray[np.int64]
@@ -129,20 +131,20 @@ def build_batch(
     decisions: list[Decision] = []
     observations: list[tuple[Observation, Episode]] = []
     finals: list[tuple[Observation, Episode]] = []
-    terminated: list[bool] = []
     success: list[bool] = []
+    failure: list[bool] = []
     last: list[bool] = []
     index: list[int] = []
     for episode in episodes:
-        executed = _executed_decisions(episode, spec)
+        executed = executed_decisions(episode, spec)
         assert episode.final is not None
         for decision in executed:
             is_last = decision is executed[-1]
             decisions.append(decision)
             observations.append((decision.observation, episode))
             last.append(is_last)
-            terminated.append(is_last and episode.status in ("success", "failure"))
             success.append(is_last and episode.status == "success")
+            failure.append(is_last and episode.status == "failure" and not episode.truncated)
             index.append(len(finals))
         finals.append((episode.final, episode))
     if not decisions:
@@ -161,11 +163,11 @@ def build_batch(
         actions=torch.from_numpy(np.stack([decision.actions for decision in decisions]).astype(np.float32)),
         executed=torch.from_numpy(executed_mask),
         log_prob=torch.from_numpy(log_prob),
-        reward=chunk_reward(k, np.array(success), config)
+        reward=chunk_reward(k, np.array(success), np.array(failure), config)
         if config.reward == "sparse"
         else backend_reward([decision.reward for decision in decisions], config),
         discount=np.power(config.gamma, k.astype(np.float64)),
-        terminated=np.array(terminated),
+        terminated=np.array(success) | np.array(failure),
         last=np.array(last),
         episode=np.array(index, np.int64),
         version=np.array([versions.index(decision.version) for decision in decisions], np.int64),
@@ -175,13 +177,17 @@ def build_batch(
     )
 
 
-def chunk_reward(k: NDArray[np.int64], success: NDArray[np.bool_], config: PPOConfig) -> Float64:
-    """R = sum_{i<k} gamma^i r_i of chunks with `k` `[N]` executed actions, the last of which succeeded or not.
+def chunk_reward(
+    k: NDArray[np.int64], success: NDArray[np.bool_], failure: NDArray[np.bool_], config: PPOConfig
+) -> Float64:
+    """R = sum_{i<k} gamma^i r_i of chunks with `k` `[N]` executed actions, which end in success, failure or neither.
 
-    r_i is -step_cost, and success_reward - step_cost in the step that succeeds.
+    r_i is -step_cost, and success_reward - step_cost in the step that succeeds. A failure has the price of all steps
+    that would follow, so that R = -step_cost / (1 - gamma).
     """
     powers = np.power(config.gamma, np.arange(int(k.max(initial=0)) + 1, dtype=np.float64))
     steps_discounted = np.concatenate([[0.0], np.cumsum(powers)])[k]
+    steps_discounted = np.where(failure, 1.0 / (1.0 - config.gamma), steps_discounted)
     earned: Float64 = np.where(success, config.success_reward * powers[np.maximum(k - 1, 0)], 0.0)
     return earned - config.step_cost * steps_discounted
 
@@ -192,7 +198,7 @@ def backend_reward(rewards: Sequence[Float32], config: PPOConfig) -> Float64:
     return np.array([np.power(config.gamma, np.arange(len(own))) @ own for own in steps])
 
 
-def _executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:
+def executed_decisions(episode: Episode, spec: PolicySpec) -> list[Decision]:
     """The decisions that ran at least one action; raises `BatchError` unless they cover the episode without a gap."""
     name = f"episode {episode.start.episode}"
     if episode.status == "aborted" or episode.final is None:

@@ -32,7 +32,8 @@ L_sbc takes each action by its marginal and is the same squared error whatever t
 demonstration is the error of the mean and no draw of the policy's noise, so it is no AR(1) process. A policy that can
 be told what is committed is told the first actions of a demonstration (trainer/samples.py) and clones the others.
 
-A success terminates, a time-out is a truncation and bootstraps from V of the last observation. Sources: PPO,
+A success terminates, and so does a failure, at the price of going on for ever (trainer/batch.py); a time-out is a
+truncation and bootstraps from V of the last observation. Sources: PPO,
 1707.06347; GAE, 1506.02438; the decoupled objective, 2110.00641; action chunks and the two losses together, 2509.25718;
 what is committed as an input, 2512.05964.
 """
@@ -84,7 +85,7 @@ class Update:
     """Mean length of the gradient before it was clipped."""
     gradient_steps: int
     kl_stop: bool
-    """Whether the target KL ended the update before its last pass."""
+    """Whether the update ended early, at twice the target KL."""
     bfloat16: bool
     """Whether the forward passes were made in bfloat16."""
 

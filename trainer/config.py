@@ -102,8 +102,9 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     reward_scale: Positive = 1.0
     """The backend's own reward is multiplied by this, where it is used."""
     step_cost: Annotated[float, Meta(ge=0)] = 0.005
-    """Price of every step: it makes a shorter success worth more. A backend's reward that is above it would pay for
-    putting success off, since an episode ends there."""
+    """Price of every step: it makes a shorter success worth more. A failure that ends the episode costs as much as
+    going on for ever, `step_cost` / (1 - `gamma`). A backend's reward that is above it would pay for putting success
+    off, since an episode ends there."""
     sigma: Positive | None = None
     """Standard deviation that training starts with, in units of half the action's range; null: that of the bundle."""
     noise_correlation: Correlation | None = None
@@ -118,6 +119,10 @@ class PPOConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Passes of the value network over the batch in those iterations."""
     critic_epochs: Count = 10
     """Passes of the value network over the batch in every later iteration."""
+
+    def __post_init__(self) -> None:
+        if self.gamma == 1.0 and self.reward == "sparse":
+            raise ValueError("gamma must be below 1 where the reward is sparse: a failure would cost infinitely much")
 
 
 class BufferConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -203,6 +208,18 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     weight: WeightConfig = WeightConfig()
     stop: StopConfig = StopConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        evaluated = range(self.evaluate.first_seed, self.evaluate.first_seed + self.evaluate.episodes_per_task)
+        for name, used in (
+            ("train_first_seed, train_seeds", range(self.train_first_seed, self.train_first_seed + self.train_seeds)),
+            ("demos", range(self.demos.first_seed, self.demos.first_seed + self.demos.per_task)),
+        ):
+            if used.start < evaluated.stop and evaluated.start < used.stop:
+                raise ValueError(
+                    f"evaluate: goals from seeds {evaluated.start} to {evaluated.stop - 1} are trained on ({name}: "
+                    f"seeds {used.start} to {used.stop - 1}); give another evaluate.first_seed"
+                )
 
     def trained(self, spec: BackendSpec) -> tuple[str, ...]:
         """Tasks of the backend that the policy is for."""

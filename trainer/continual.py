@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from bridge.backend import BackendSpec
 from bridge.errors import FieldtuneError
 from runtime.bundle import read_bundle
+from runtime.durable import claim
 from runtime.episode import Episode
 from runtime.index import EpisodeRow
 from runtime.policy import encode
@@ -35,7 +36,7 @@ from runtime.reading import EpisodeError, read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import metrics
-from trainer.batch import Batch, build_batch
+from trainer.batch import Batch, BatchError, build_batch, executed_decisions
 from trainer.buffer import DemoBuffer
 from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
 from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
@@ -71,20 +72,24 @@ def train(
 
     Goes on from the checkpoint in `run.trainer`, or from the registry's live version if there is none. `announce` makes
     the runtime serve a bundle and raises if it does not; `report` gets each line of the metrics; `warn` is told of what
-    a person should know. Raises `TrainingError`, `CheckpointError`, `BundleError`, `RatioError`.
+    a person should know. Raises `ClaimedError` where another process trains this run, `TrainingError`,
+    `CheckpointError`, `BundleError`, `RatioError`.
     """
     torch.set_num_threads(config.threads)
-    trainer = ContinualTrainer(run, spec, config, seed, announce=announce, stop=stop, warn=warn)
-    while not trainer.finished():
-        rows = trainer.collect()
-        if rows is None:
-            trainer.save()
-            break
-        line = trainer.iterate(rows)
-        if line is None:
-            break  # stopped half-way: the iteration is done again after a restart
-        report(line)
-    return trainer.version
+    run.trainer.mkdir(parents=True, exist_ok=True)
+    # Two trainers would learn from the same episodes and overwrite each other's checkpoint.
+    with claim(run.trainer):
+        trainer = ContinualTrainer(run, spec, config, seed, announce=announce, stop=stop, warn=warn)
+        while not trainer.finished():
+            rows = trainer.collect()
+            if rows is None:
+                trainer.save()
+                break
+            line = trainer.iterate(rows)
+            if line is None:
+                break  # stopped half-way: the iteration is done again after a restart
+            report(line)
+        return trainer.version
 
 
 class ContinualTrainer:
@@ -288,7 +293,8 @@ class ContinualTrainer:
         for row in found.exploring:
             try:
                 episode = read_row(self._index, row)
-            except EpisodeError as error:
+                executed_decisions(episode, self._vla.spec)
+            except (EpisodeError, BatchError) as error:
                 self._warn(f"{error}; it is left out")
                 counts["unreadable"] += 1
                 continue
@@ -376,7 +382,8 @@ class ContinualTrainer:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
-                "cameras or trainer.vla; choose another `name`, or move it away to start again from the live version"
+                "cameras, trainer.vla or trainer.ppo.learn_sigma; choose another `name`, or move it away to start "
+                "again from the live version"
             ) from error
         # The critic's learning rate of the configuration counts, not that which the checkpoint was made with.
         for group in self._critic_optimiser.param_groups:

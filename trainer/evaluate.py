@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from bridge.endpoint import resolve_endpoint
 from bridge.errors import FieldtuneError
 from runtime.config import ServeConfig
 from runtime.durable import write_atomic
@@ -20,6 +19,9 @@ from runtime.server import PolicyServer
 from runtime.supervisor import Child
 from runtime.swap import Live
 from trainer.statistics import Evaluation, summarise
+
+RESULT = "result.json"
+"""The result on the goals of the run's configuration; one on other goals needs another name."""
 
 
 class EvaluationError(FieldtuneError):
@@ -36,36 +38,38 @@ def evaluate(
     horizon_steps: int,
     conditions: Mapping[str, Any],
     variant: str = "",
+    result: str = RESULT,
+    endpoint: str,
+    serve: ServeConfig,
     workers: int,
-    worker_command: Callable[[int, str], list[str]],
+    worker_command: Callable[[int], list[str]],
     stopped: Callable[[], bool],
     progress: Callable[[int, int], None],
     warn: Callable[[str], None],
 ) -> Evaluation | None:
     """Success and steps of `version` on seeds `first_seed`, `first_seed + 1`, ... of each task; None if `stopped`.
 
-    Workers are processes started by `worker_command(index, endpoint)`. Episodes already in the evaluation's log are not
-    run again, so an interrupted evaluation goes on where it stopped. The result is also written to `result.json` there.
-    An evaluation under other conditions than usual needs the name of a `variant`, which gives it a log of its own.
-    `conditions` are what the episodes depend on besides version and goal: raises `EvaluationError` where the log has
-    some that were made under others.
+    It is served at `endpoint`, as `serve` says, to workers that are processes started by `worker_command(index)`.
+    Episodes already in the evaluation's log are not run again, so an interrupted evaluation goes on where it stopped.
+    The result is also written there, to the file `result`. An evaluation under other conditions than usual needs the
+    name of a `variant`, which gives it a log of its own. `conditions` are what the episodes depend on besides version
+    and goal: raises `EvaluationError` where the log has some that were made under others.
     """
     directory = run.evaluation(version, variant)
     _require_same(directory, {"horizon_steps": horizon_steps, **conditions})
     plan = [(task, first_seed + i) for i in range(episodes_per_task) for task in tasks]
     log = EpisodeLog(directory, keep_gb=1e6)
     try:
-        done = {(row.task, row.seed) for row in log.index.after(0, limit=10**9) if row.status != "aborted"}
+        wanted = set(plan)
+        rows = log.index.after(0, limit=10**9)
+        done = wanted & {(row.task, row.seed) for row in rows if row.status != "aborted"}
         schedule = FixedList([episode for episode in plan if episode not in done])
         if not schedule.finished:
             live = Live(run, threads=1, keep_versions=1, version=version)
-            endpoint = resolve_endpoint("ipc", directory)
             server = PolicyServer(
-                endpoint, live, log, schedule, explore=False, horizon_steps=horizon_steps, config=ServeConfig()
+                endpoint, live, log, schedule, explore=False, horizon_steps=horizon_steps, config=serve
             )
-            children = [
-                Child(f"eval-{i}", worker_command(i, endpoint), run.logs / f"eval-{i}.log") for i in range(workers)
-            ]
+            children = [Child(f"eval-{i}", worker_command(i), run.logs / f"eval-{i}.log") for i in range(workers)]
             _run(
                 server, children, schedule, lambda: progress(schedule.ended_count + len(done), len(plan)), stopped, warn
             )
@@ -75,12 +79,17 @@ def evaluate(
                 raise EvaluationError(f"the server of the evaluation of {version[:12]} has died; its error is above")
             if schedule.given_up:
                 warn(f"{len(schedule.given_up)} goals were given up after repeated aborts; the result lacks them")
-        wanted = set(plan)
         rows = [row for row in log.index.after(0, limit=10**9) if (row.task, row.seed) in wanted]
     finally:
         log.close()
     evaluation = summarise(rows, version=version, horizon_steps=horizon_steps)
-    write_atomic(directory / "result.json", msgspec.json.format(msgspec.json.encode(evaluation)))
+    if evaluation.unjudged:
+        warn(
+            f"{evaluation.unjudged} of {len(plan)} episodes wait for somebody to say how they went, and the result "
+            f"lacks them: `fieldtune episodes label CONFIG EPISODE success --log eval/{directory.name}`, then the same "
+            "command again"
+        )
+    write_atomic(directory / result, msgspec.json.format(msgspec.json.encode(evaluation)))
     return evaluation
 
 
@@ -100,9 +109,9 @@ def _require_same(directory: Path, conditions: Mapping[str, Any]) -> None:
             )
 
 
-def load_evaluation(run: RunDir, version: str) -> Evaluation | None:
-    """The stored result of an evaluation, if there is one."""
-    path: Path = run.evaluation(version) / "result.json"
+def load_evaluation(run: RunDir, version: str, variant: str = "") -> Evaluation | None:
+    """The stored result of the evaluation of a version on the run's own goals, if there is one."""
+    path: Path = run.evaluation(version, variant) / RESULT
     return msgspec.json.decode(path.read_bytes(), type=Evaluation) if path.exists() else None
 
 

@@ -1,7 +1,7 @@
 """The scripted expert on the goals of an evaluation, and how few steps those goals could take: what to compare with.
 
-The expert drives the backend itself, without a server: there is no policy to serve. Its result is a `result.json` like
-that of any version, under the name `expert`; the bound lies beside it. Both are made once for a set of goals.
+The expert drives the backend itself, without a server: there is no policy to serve. Its result is a file like that
+of any version, under the name `expert`; the bound lies beside it. Both are made once for a set of goals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runtime.durable import write_atomic
 from runtime.episode import End
 from runtime.rundir import RunDir
 from trainer.attempts import EXPERT_VERSION
-from trainer.evaluate import load_evaluation
+from trainer.evaluate import RESULT, load_evaluation
 from trainer.statistics import Evaluation, summarise
 
 Goal = tuple[str, int]
@@ -65,7 +65,7 @@ def evaluate_expert(
     evaluation = summarise(attempts, version=EXPERT_VERSION, horizon_steps=horizon_steps)
     directory = run.evaluation(EXPERT_VERSION)
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / "result.json", msgspec.json.format(msgspec.json.encode(evaluation)))
+    write_atomic(directory / RESULT, msgspec.json.format(msgspec.json.encode(evaluation)))
     return evaluation
 
 

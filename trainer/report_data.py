@@ -19,6 +19,7 @@ from msgspec import Struct
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
+from trainer.attempts import DEMOS_CLIENT
 from trainer.environment import load_environment, this_environment
 from trainer.report_plots import Line, Plot, Point
 from trainer.statistics import Comparison, Evaluation, Result, StatisticsError, compare, wilson
@@ -94,7 +95,7 @@ def gather(run: RunDir, deployment: dict[str, Any], before: Evaluation, after: E
         after=after,
         comparison=comparison,
         note=note,
-        expert=_expert(run, before.horizon_steps),
+        expert=_expert(run, before.horizon_steps, trainer.get("demos", {}).get("first_seed", 0)),
         versions=versions,
         env_steps=sum(row.steps for row in rows),
         episodes=len(rows),
@@ -208,17 +209,20 @@ def _comparison(before: Evaluation, after: Evaluation) -> tuple[Comparison | Non
         return None, str(error)
 
 
-def _expert(run: RunDir, horizon_steps: int) -> Result | None:
-    """What the demonstrations say of the expert: failed attempts are the seeds that were passed over."""
+def _expert(run: RunDir, horizon_steps: int, first_seed: int) -> Result | None:
+    """What the demonstrations say of the scripted expert: failed attempts are the seeds from `first_seed` on that were
+    passed over. None where there is none, or where the demonstrations were imported: nobody knows what failed there.
+    """
     if not run.demos.exists():
         return None
     rows = [row for row in EpisodeIndex(run.demos).after(0, limit=10**9) if row.status == "success"]
-    if not rows:
+    rows = [row for row in rows if row.seed >= first_seed]
+    if not rows or any(row.client != DEMOS_CLIENT for row in rows):
         return None
     by_task: dict[str, list[EpisodeRow]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    n = sum(max(r.seed for r in own) - min(r.seed for r in own) + 1 for own in by_task.values())
+    n = sum(max(r.seed for r in own) - first_seed + 1 for own in by_task.values())
     steps = sum(row.steps for row in rows)
     return Result(
         n=n,

@@ -130,7 +130,7 @@ def read_run(path: Path) -> RunResults:
             unfinished.append(
                 f"the two versions were not evaluated on the same goals; the {len(both)} common ones count"
             )
-        before, after = on_goals(before, both), on_goals(after, both)
+        before, after = (on_goals(before, both), on_goals(after, both)) if both else (None, None)
     demonstrations: dict[str, int] = first.made.get("demonstrations", {})
     metrics = read_metrics(run.metrics)
     rows = training_rows(run)
@@ -224,10 +224,10 @@ def _held_out(run: RunDir, first: str, last: str | None) -> tuple[HeldOut, ...]:
     found: dict[str, dict[str, Evaluation]] = defaultdict(dict)
     for version in (first, last):
         directory = run.evaluation(version) if version else None
-        for other in sorted(directory.parent.glob(f"{directory.name}?*")) if directory else ():
-            if (result := other / "result.json").exists():
-                variant = other.name.removeprefix(str(version)).lstrip("-.@_")
-                found[variant][str(version)] = msgspec.json.decode(result.read_bytes(), type=Evaluation)
+        for other in sorted(directory.parent.glob(f"{directory.name}-*")) if directory else ():
+            variant = other.name.removeprefix(f"{version}-")
+            if (result := load_evaluation(run, str(version), variant)) is not None:
+                found[variant][str(version)] = result
     return tuple(
         HeldOut(variant, own.get(first), own.get(last) if last else None) for variant, own in sorted(found.items())
     )

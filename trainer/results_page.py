@@ -52,7 +52,8 @@ def _protocol(runs: Group) -> str:
         f"The policy sees {sees}, proprioception and the instruction. Evaluation: {len(found.tasks)} "
         f"task{'s' * (len(found.tasks) != 1)}, {per_task} episodes each, on goals from seeds {found.seeds[0]} to "
         f"{found.seeds[-1]}, which training never drew; {found.action} action, "
-        f"at most {found.horizon_steps} steps, the episode ends at success. SFT, post-trained and the scripted expert "
+        f"at most {found.horizon_steps} steps, the episode ends at success. SFT"
+        f"{', post-trained and the scripted expert' if any(run.expert for run in runs) else ' and post-trained'} "
         "were tried on the same goals."
     )
 
@@ -68,7 +69,8 @@ def _headline(group: Group) -> str:
     rows = []
     for line in lines:
         name = f"{line.name} ({line.note})" if line.note else line.name
-        rows.append([name, _value(line.sft, line.unit), _value(line.post, line.unit), _goal(line), verdict(line)])
+        figures = [_value(figure, line.unit, seeds) for figure in (line.sft, line.post)]
+        rows.append([name, *figures, _goal(line), verdict(line)])
     intervals = (
         f"Mean over {seeds} seeds; in brackets Student's 95 % interval of that mean."
         if seeds > 1
@@ -94,13 +96,15 @@ def _goal(line: Line) -> str:
     return f"{sign} {text(line.goal)}{moonshot}"
 
 
-def _value(figure: Figure | None, unit: str) -> str:
+def _value(figure: Figure | None, unit: str, seeds: int) -> str:
+    """The figure with its interval; where not all `seeds` have it, the interval of one is not that of the mean."""
     if figure is None:
         return "-"
-    interval = figure.interval
+    interval = figure.interval if figure.seeds == seeds or figure.seeds > 1 else None
     if unit == "share" and interval is not None:
         interval = (max(0.0, interval[0]), min(1.0, interval[1]))  # Student's knows nothing of the ends
-    return UNITS[unit](figure.mean) + _interval(interval, UNITS[unit])
+    some = "" if figure.seeds == seeds else f" ({figure.seeds} of {seeds} seeds)"
+    return UNITS[unit](figure.mean) + _interval(interval, UNITS[unit]) + some
 
 
 def _interval(interval: Interval | None, text: Callable[[float], str]) -> str:
@@ -139,7 +143,7 @@ def _by_task(group: Group) -> str:
         parts.append(f"### {title}, by task\n\n{_markdown(header, rows)}\n\nIn brackets: {how}.")
     if len(group) > 1:
         parts.append(
-            f"By task the episodes of all {len(group)} seeds are pooled: these intervals leave out how seeds differ."
+            "By task the episodes of all evaluated seeds are pooled: these intervals leave out how seeds differ."
         )
     return "\n\n".join(parts)
 

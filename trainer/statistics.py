@@ -100,6 +100,8 @@ class Evaluation(Struct, frozen=True, forbid_unknown_fields=True):
     repeated: int
     """Episodes left out because their goal had been counted already."""
     trials: tuple[Trial, ...]
+    unjudged: int = 0
+    """Episodes that wait for somebody to say how they went; in none of the figures."""
 
 
 class Comparison(Struct, frozen=True, forbid_unknown_fields=True):
@@ -205,17 +207,20 @@ def summarise(
 ) -> Evaluation:
     """The evaluation that these episodes are.
 
-    Aborted episodes are left out and counted. Of several episodes of one goal the first counts: an episode is done
-    again only when its first report was lost, and counting both would weigh that goal twice.
+    Aborted episodes, and those that nobody has judged, are left out and counted. Of several episodes of one goal the
+    first counts: an episode is done again only when its first report was lost, and counting both would weigh that goal
+    twice.
     """
     trials: dict[tuple[str, int], Trial] = {}
     aborted: dict[str, int] = defaultdict(int)
     tasks: set[str] = set()
-    repeated = 0
+    repeated = unjudged = 0
     for row in rows:
         tasks.add(row.task)
         if row.status == "aborted":
             aborted[row.task] += 1
+        elif row.status == "unjudged":
+            unjudged += 1
         elif (row.task, row.seed) in trials:
             repeated += 1
         else:
@@ -232,6 +237,7 @@ def summarise(
         overall=result_of(list(by_task.values()), sum(aborted.values()), horizon_steps, confidence),
         repeated=repeated,
         trials=ordered,
+        unjudged=unjudged,
     )
 
 

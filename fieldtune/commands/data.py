@@ -51,7 +51,6 @@ def export_episodes(
     Args:
         out_dir: directory of the dataset, or of the MCAP files
         format: what to write
-        log: the deployment's episodes or the demonstrations
         frames: rows of a LeRobot dataset: one a step with the newest observation, or one a decision with its chunk
         status: only episodes that ended so, one or several; all but aborted without it
         task: only this task
@@ -159,7 +158,6 @@ def view_episode(
 
     Args:
         episode: id of the episode, or the path of its file
-        log: the deployment's episodes or the demonstrations
     """
     from fieldtune.data.rerun_view import view
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import getpass
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.table import Column
 
+from bridge.config import ConfigError
 from bridge.errors import FieldtuneError
 from bridge.messages import RULES
 from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
@@ -20,7 +21,14 @@ from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode
 from runtime.rundir import RunDir
 
-Log = Literal["episodes", "demos"]
+Log = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="episodes|demos|eval/VERSION",
+        help="the deployment's episodes, the demonstrations, or those of the evaluation of a version (its id or the "
+        "beginning of it; eval/VERSION-held_out for held-out wordings)",
+    ),
+]
 
 
 def list_episodes(
@@ -42,7 +50,6 @@ def list_episodes(
       fieldtune episodes list quickstart --log demos
 
     Args:
-        log: the deployment's episodes or the demonstrations
         limit: at most this many
         task: only this task
         status: only episodes that ended so
@@ -84,7 +91,6 @@ def show_episode(
 
     Args:
         episode: id of the episode
-        log: the deployment's episodes or the demonstrations
     """
     index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
     row = find_episode(index, episode)
@@ -129,6 +135,7 @@ def label_episode(
     /,
     *,
     overrides: Set = (),
+    log: Log = "episodes",
     who: str | None = None,
     as_json: Json = False,
 ) -> int:
@@ -140,13 +147,14 @@ def label_episode(
     Examples:
       fieldtune episodes label my_arm.yaml 0197f3... success
       fieldtune episodes label my_arm.yaml 0197f3... discard --who ada
+      fieldtune episodes label my_arm.yaml 0197f3... success --log eval/3fa9
 
     Args:
         episode: id of the episode
         label: how it went
         who: whose word it is, if not yours
     """
-    index = EpisodeIndex(run_dir(load_deployment(config, overrides)).episodes)
+    index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
     row = index.label(find_episode(index, episode).episode, label, who or getpass.getuser())
     if as_json:
         print_json({"episode": row})
@@ -170,8 +178,18 @@ def _rules(decision: Decision) -> dict[str, int]:
 
 
 def log_directory(run: RunDir, log: Log) -> Path:
-    """Where the log is."""
-    return run.demos if log == "demos" else run.episodes
+    """Where the log is. Raises `ConfigError` for a name that means none."""
+    logs = {"episodes": run.episodes, "demos": run.demos}
+    if log in logs:
+        return logs[log]
+    kind, _, name = log.partition("/")
+    version, _, variant = name.partition("-")
+    there = [path.name.partition("-") for path in run.evaluations.glob("*")] if kind == "eval" and version else []
+    found = [whole for whole, _, other in there if whole.startswith(version) and other == variant]
+    if len(found) != 1:
+        known = ", ".join([*logs, *(f"eval/{path.name}" for path in sorted(run.evaluations.glob("*")))])
+        raise ConfigError(f"--log {log}: {'means several' if found else 'there is no such log'} (there are {known})")
+    return run.evaluation(found[0], variant)
 
 
 def find_episode(index: EpisodeIndex, episode: str) -> EpisodeRow:

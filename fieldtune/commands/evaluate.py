@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
+from msgspec.structs import replace
 from rich.table import Table
 
 from bridge.backends import make_backend
-from fieldtune.commands.common import Config, Json, Set, out, print_json, progress_bar, run_dir, warn
+from bridge.endpoint import resolve_endpoint
+from fieldtune.commands.common import Config, Json, Set, err, out, print_json, progress_bar, run_dir, warn
 from fieldtune.deployment import Deployment, load_deployment
 from fieldtune.install import find_version
+from runtime.config import ServeConfig
 from runtime.registry import Registry
+from runtime.rundir import RunDir
 from runtime.supervisor import stop_on_signals
+from trainer.config import EvaluateConfig
+from trainer.evaluate import RESULT
 from trainer.evaluate import evaluate as run_evaluation
 from trainer.statistics import Evaluation
 
@@ -32,8 +39,11 @@ def evaluate(
 ) -> int:
     """Evaluate one policy: mean action, goals from seeds that training never sees, Wilson 95 % intervals.
 
-    It starts a server and workers of its own, so a running deployment is not disturbed. An interrupted evaluation goes
-    on where it stopped. A policy that is not of this run becomes one of its versions, which is not live.
+    It starts a server and workers of its own. A simulator's running deployment is not disturbed; a robot's has to be
+    stopped first, and the operator's commands and the page then reach the evaluation. An interrupted evaluation goes on
+    where it stopped. Episodes that nobody has judged are left out of the figures until they are labelled (`fieldtune
+    episodes label CONFIG EPISODE success --log eval/VERSION`). A policy that is not of this run becomes one of its
+    versions, which is not live.
 
     Examples:
       fieldtune eval quickstart
@@ -78,30 +88,62 @@ def evaluate_version(
     episodes: int | None = None,
     title: str = "evaluating",
 ) -> Evaluation | None:
-    """Evaluate with a progress bar; None if stopped before the end."""
-    settings = deployment.trainer.evaluate
-    tasks = deployment.trainer.trained(make_backend(deployment.backend).spec)
-    held_out = deployment.backend.options.get("instructions") == HELD_OUT
+    """Evaluate with a progress bar; None if stopped before the end.
+
+    A simulator is evaluated at an address of its own, so that a deployment may run beside it. A robot is evaluated at
+    that of its deployment, where its operator's orders go.
+    """
+    spec = make_backend(deployment.backend).spec
+    tasks = deployment.trainer.trained(spec)
+    goals = deployment.trainer.evaluate
+    if episodes is not None:
+        goals = replace(goals, episodes_per_task=episodes)
+    run = run_dir(deployment)
+    usual = goals == usual_goals(run, deployment)
+    variant = HELD_OUT if deployment.backend.options.get("instructions") == HELD_OUT else ""
+    if spec.paced:
+        serve = deployment.runtime.serve
+        here: tuple[str, ...] = ()
+        address = resolve_endpoint(serve.endpoint, run.path)
+        if not quiet:
+            err.print(f"the robot is driven from {address}: `fieldtune stop {config}` and `operator` reach it")
+    else:
+        serve = ServeConfig()
+        address = resolve_endpoint("ipc", run.evaluation(version, variant))
+        here = ("bridge.keys=null", f"bridge.endpoint={address}")
     with progress_bar(f"{title} {version[:8]}", quiet=quiet) as advance:
         return run_evaluation(
-            run_dir(deployment),
+            run,
             version,
             tasks,
-            episodes_per_task=episodes or settings.episodes_per_task,
-            first_seed=settings.first_seed,
+            episodes_per_task=goals.episodes_per_task,
+            first_seed=goals.first_seed,
             horizon_steps=deployment.bridge.horizon_steps,
-            conditions={
-                f"bridge.{name}": getattr(deployment.bridge, name) for name in ("merge", "play_steps", "delay_steps")
-            },
-            variant=HELD_OUT if held_out else "",
+            conditions=conditions(deployment),
+            variant=variant,
+            result=RESULT if usual else f"result-{goals.first_seed}-{goals.episodes_per_task}.json",
+            endpoint=address,
+            serve=serve,
             workers=deployment.bridge.workers,
-            worker_command=lambda i, endpoint: drive_command(
-                config, (*overrides, "bridge.keys=null", f"bridge.endpoint={endpoint}"), f"eval-{i}"
-            ),
+            worker_command=lambda i: drive_command(config, (*overrides, *here), f"eval-{i}"),
             stopped=stopped,
             progress=advance,
             warn=warn,
         )
+
+
+def usual_goals(run: RunDir, deployment: Deployment) -> EvaluateConfig:
+    """The goals that the run is compared on: those of its configuration, once it has one."""
+    if not run.config.exists():
+        return deployment.trainer.evaluate
+    return msgspec.json.decode(run.config.read_bytes(), type=Deployment).trainer.evaluate
+
+
+def conditions(deployment: Deployment) -> dict[str, Any]:
+    """What the episodes of an evaluation depend on besides version, goal and horizon, as JSON has it."""
+    whole: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(deployment))
+    bridge = {f"bridge.{name}": whole["bridge"][name] for name in ("merge", "play_steps", "delay_steps", "safety")}
+    return {**bridge, "backend": whole["backend"]}
 
 
 def drive_command(config: str, overrides: tuple[str, ...], name: str) -> list[str]:
@@ -127,7 +169,8 @@ def evaluation_table(columns: list[tuple[str, Evaluation]]) -> Table:
         for _, evaluation in columns:
             result = evaluation.overall if task == "overall" else evaluation.tasks[task]
             low, high = result.success_interval
-            cells += [f"{result.success:.2f} [{low:.2f}, {high:.2f}]", steps_text(result.steps, result.steps_interval)]
+            success = f"{result.success:.2f} [{low:.2f}, {high:.2f}]" if result.n else "-"
+            cells += [success, steps_text(result.steps, result.steps_interval)]
         table.add_row(*cells)
     return table
 

@@ -38,7 +38,7 @@ def pretrain(config: Config, /, *, overrides: Set = (), to: Path | None = None, 
     this = Up(deployment, config, overrides, stop_on_signals(), as_json)
     remember_config(this.run, deployment)
     if not prepare(this):
-        return stopped(this)
+        return stopped(this, "pretrain")
     run = run_dir(deployment)
     version = Registry(run.registry).first().version
     bundle = run.policies / version

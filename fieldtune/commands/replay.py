@@ -50,7 +50,6 @@ def replay_episode(
         episode: id of the episode, or the path of its file
         policy: version to compare with: its id or a unique prefix, name of a shipped policy, or directory of a bundle;
             one that is not of this run becomes one of its versions, as in `fieldtune eval`
-        log: the deployment's episodes or the demonstrations
     """
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)

@@ -77,7 +77,8 @@ def single(name: str, deployment: Deployment, as_json: bool) -> int:
     missing = [version for version, found in zip(ends, evaluations, strict=True) if found is None]
     if not ends or missing:
         what = f"version {missing[0][:12]} was not evaluated" if missing else "the run has no version"
-        hint = f"fieldtune eval {name} --policy {missing[0][:12]}" if missing else f"fieldtune up {name}"
+        config = RunDir(Path(name)).config if Path(name).is_dir() else name
+        hint = f"fieldtune eval {config} --policy {missing[0][:12]}" if missing else f"fieldtune up {config}"
         sys.stderr.write(f"fieldtune: {what}; run `{hint}` first\n")
         return 1
     before, after = (found for found in evaluations if found is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import threading
 import time
@@ -25,8 +26,7 @@ from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install_to_train
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
-from runtime.durable import write_atomic
-from runtime.episodes import require_unclaimed
+from runtime.durable import require_unclaimed, write_atomic
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -157,17 +157,19 @@ def run_to_the_end(this: Up) -> int:
 
 
 def put_aside(this: Up) -> None:
-    """Move an earlier run of this name to NAME.old-TIME. Raises `EpisodeLogError` while its runtime runs."""
+    """Move an earlier run of this name to NAME.old-TIME. Raises `ClaimedError` while its runtime or trainer runs."""
     if this.run.path.exists():
-        require_unclaimed(this.run.episodes)
+        for directory in (this.run.episodes, this.run.trainer):
+            require_unclaimed(directory)
         aside = this.run.path.with_name(f"{this.deployment.name}.old-{int(time.time())}")
         shutil.move(this.run.path, aside)
         this.say(f"the earlier run is in {aside}")
 
 
-def stopped(this: Up) -> int:
+def stopped(this: Up, command: str = "up") -> int:
     """The last words after Ctrl-C."""
-    this.say(f"stopped; `fieldtune up {this.config}` goes on from here")
+    again = shlex.join(["fieldtune", command, this.config, *(x for o in this.overrides for x in ("--set", o))])
+    this.say(f"stopped; `{escape(again)}` goes on from here")
     return 1
 
 
@@ -183,7 +185,8 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
         ]:
             if old != new:
                 raise ConfigError(
-                    f"{name}: {run.path} was made with another value ({old}); choose another `name`, or --fresh"
+                    f"{name}: {run.path} was made with another value ({old}); choose another `name`, or move the run "
+                    "away (`fieldtune up --fresh` does)"
                 )
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(deployment)))
@@ -227,7 +230,7 @@ def require_started_from(registry: Registry, policy: str | None) -> None:
     if policy is not None and first.made.get("from") != policy:
         raise ConfigError(
             f"$.trainer.policy: is {policy}, but the run has started from another version ({first.version[:12]}); "
-            "choose another `name`, or --fresh"
+            "choose another `name`, or move the run away (`fieldtune up --fresh` does)"
         )
 
 

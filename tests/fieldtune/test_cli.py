@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fieldtune.cli import COMMANDS, run
 from fieldtune.commands.status import status_table
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
+from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.status import Status
 
@@ -310,6 +312,68 @@ def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
     assert "has episodes with bridge.play_steps = None, not 1" in " ".join(refused.stderr.split())
 
 
+ROBOT = """
+from bridge.backend import Outcome
+from bridge.backends.point import Point, PointOptions
+from msgspec.structs import replace
+
+
+class Robot(Point):
+    def __init__(self):
+        super().__init__(PointOptions(size_px=32))
+        self._spec = replace(self._spec, paced=True, judges=False)
+
+    def outcome(self):
+        return Outcome(status="running", reward=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_the_operator_has_the_last_word_in_the_evaluation_of_a_robot(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (prepared / "robot.py").write_text(ROBOT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(prepared), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.chdir(prepared)
+    version = Registry(RunDir(prepared / "runs/point").registry).live()
+    settings = ("name=robot", "backend={name: 'robot:Robot'}", "bridge.workers=1", "bridge.horizon_steps=60")
+    ask = ["eval", "point", "--policy", f"runs/point/policies/{version}", "--episodes", "2", "--json"]
+    ask += [argument for setting in settings for argument in ("--set", setting)]
+
+    def until_told(*line: str) -> str:
+        deadline_s = time.monotonic() + 60
+        while True:
+            code, said = run([*line, "--set", "name=robot", "--json"]), capsys.readouterr().out
+            if code == 0 and "eval-0" in said:
+                return said
+            assert time.monotonic() < deadline_s, f"{line}: {said}"
+            time.sleep(0.1)
+
+    with subprocess.Popen([sys.executable, "-m", "fieldtune", *ask], stdout=-1, stderr=-1, text=True) as process:
+        try:
+            assert "stopped" in until_told("stop", "point")
+            until_told("operator", "point", "reset")
+            until_told("operator", "point", "success")
+            printed, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    first = one_object(printed)
+    assert (first["overall"]["n"], first["overall"]["successes"], first["unjudged"]) == (1, 1, 1)
+    assert "1 of 2 episodes wait for somebody to say how they went" in " ".join(said.split())
+
+    log = ("--set", "name=robot", "--json", "--log", f"eval/{version[:8]}")
+    assert run(["episodes", "list", "point", "--status", "unjudged", *log]) == 0
+    (waiting,) = one_object(capsys.readouterr().out)["episodes"]
+    assert run(["episodes", "label", "point", waiting["episode"], "failure", *log]) == 0
+    capsys.readouterr()
+    again = one_object(fieldtune(*ask, cwd=prepared).stdout)
+    assert (again["overall"]["n"], again["overall"]["successes"], again["unjudged"]) == (2, 1, 0)
+    for wrong in ("eval/ffff", "eval/", "demonstrations"):
+        assert run(["episodes", "list", "point", "--set", "name=robot", "--log", wrong]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"--log {wrong}: there is no such log" in said and f"eval/{version}" in said.replace(" ", "")
+
+
 WORDED = """
 from bridge.backends.point import Point, PointOptions
 from msgspec.structs import replace
@@ -327,7 +391,9 @@ class Worded(Point):
 def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = ("eval", "point", "--episodes", "2", "--json", "--set", "trainer.evaluate.first_seed=3000000")
+    version = Registry(RunDir(prepared / "runs/point").registry).live()
+    ask = ["eval", "point", "--policy", f"runs/point/policies/{version}", "--json", "--set", "name=worded"]
+    ask += ["--set", "trainer.evaluate={first_seed: 3000000, episodes_per_task: 2}"]
     held_out = ("--instructions", "held_out")
     refused = fieldtune(*ask, *held_out, cwd=prepared, code=2)
     assert "$.backend.options.instructions: unknown key" in refused.stderr
@@ -336,8 +402,8 @@ def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
     told = []
     for extra in ((), held_out):
         done = fieldtune(*ask, *extra, "--set", "backend={name: 'worded:Worded'}", cwd=prepared)
-        version = one_object(done.stdout)["version"]
-        directory = RunDir(prepared / "runs/point").evaluation(version, extra[-1] if extra else "")
+        assert one_object(done.stdout)["version"] == version
+        directory = RunDir(prepared / "runs/worded").evaluation(version, extra[-1] if extra else "")
         assert (directory / "result.json").exists()
         index = EpisodeIndex(directory)
         rows = [row for row in index.after(0) if row.seed >= 3_000_000]

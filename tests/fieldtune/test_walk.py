@@ -34,7 +34,8 @@ from fieldtune.walk.bundles import broken_copy, changed_bundle, flipped, shifted
 from fieldtune.walk.comparison import RoundTrip, compare_round_trip, holds
 from fieldtune.walk.walking import Walk, WalkError
 from runtime.bundle import BundleError, read_bundle
-from runtime.episodes import EpisodeLog, EpisodeLogError
+from runtime.durable import ClaimedError
+from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
@@ -173,7 +174,7 @@ def test_a_run_that_runs_is_not_moved_away(tmp_path: Path) -> None:
     up = Up(load_deployment("point", [f"runs={tmp_path}"]), "point", (), threading.Event(), True)
     put_aside(up)
     log = EpisodeLog(up.run.episodes)
-    with pytest.raises(EpisodeLogError, match="is logging here already; stop it first"):
+    with pytest.raises(ClaimedError, match="is at work here already; stop it first"):
         put_aside(up)
     assert up.run.episodes.is_dir()
     log.close()

@@ -33,7 +33,7 @@ from log_samples import (
 
 from runtime import episode_file, episodes
 from runtime.database import DatabaseError
-from runtime.durable import write_all
+from runtime.durable import ClaimedError, write_all
 from runtime.episode import EndRecord, Record
 from runtime.episodes import EpisodeLog, EpisodeLogError
 from runtime.index import EpisodeIndex
@@ -196,10 +196,10 @@ def test_one_process_logs_in_a_directory(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from runtime.episodes import EpisodeLog; EpisodeLog(Path(sys.argv[1]))"
     )
     with opened(tmp_path):
-        with pytest.raises(EpisodeLogError, match=f"process {os.getpid()} is logging"):
+        with pytest.raises(ClaimedError, match=f"process {os.getpid()} is at work"):
             EpisodeLog(tmp_path)
         other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-        assert other.returncode == 1 and "is logging here already" in other.stderr
+        assert other.returncode == 1 and "is at work here already" in other.stderr
     with opened(tmp_path) as log:
         assert record_episode(log, "e").wait() is None
 
@@ -233,7 +233,7 @@ def test_closing_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     answer = record_episode(log, "e", 1)
     with pytest.raises(EpisodeLogError, match="did not take"):
         log.close()
-    with pytest.raises(EpisodeLogError, match="is logging here"):
+    with pytest.raises(ClaimedError, match="is at work here"):
         EpisodeLog(tmp_path)
     gate.open.set()
     assert answer.wait() is None

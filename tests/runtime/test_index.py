@@ -115,6 +115,14 @@ def test_only_what_is_taken_and_not_held_is_retired_oldest_first(tmp_path: Path)
     assert index.known()["a"] and not index.known()["f"]
 
 
+def test_what_waits_for_its_label_is_not_retired(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path)
+    index.add([make_row("a", status="unjudged"), make_row("b", status="unjudged"), make_row("c")])
+    index.hold(3, [])
+    index.label("b", "success", "ada")
+    assert [row.episode for row in index.retire(10**9)] == ["b", "c"]
+
+
 def test_processes_write_at_once(tmp_path: Path) -> None:
     code = """
 import sys

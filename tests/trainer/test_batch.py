@@ -26,13 +26,29 @@ def batch_of(*episodes: Episode, max_age: int = 2, horizon: int = 4) -> Batch:
 def test_rewards_discounts_and_flags_by_hand() -> None:
     made = batch_of(episode([4, 2], "success"), episode([3, 4], "timeout", task="right"), episode([1], "failure"))
     # Four steps cost 1 + .5 + .25 + .125; two steps cost 1.5, and the second of them earns .5 * 10; and so on.
-    assert made.reward.tolist() == [-1.875, 3.5, -1.75, -1.875, -1.0]
+    # A failure costs 1 + .5 + .25 + ... = 2.
+    assert made.reward.tolist() == [-1.875, 3.5, -1.75, -1.875, -2.0]
     assert made.discount.tolist() == [0.0625, 0.25, 0.125, 0.0625, 0.5]
     assert made.terminated.tolist() == [False, True, False, False, True]
     assert made.last.tolist() == [False, True, False, True, True]
     assert made.episode.tolist() == [0, 0, 1, 1, 2]
     assert made.executed.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
     assert made.observations.task.tolist() == [0, 0, 1, 1, 0]
+
+
+def test_what_was_cut_off_is_no_end_though_somebody_calls_it_a_failure() -> None:
+    cut, reached = episode([4, 2], "failure"), episode([4, 2], "success")
+    cut.truncated = reached.truncated = True
+    made = batch_of(cut, reached)
+    assert made.terminated.tolist() == [False, False, False, True]
+    assert made.reward.tolist() == [-1.875, -1.5, -1.875, 3.5]
+
+
+def test_failing_soon_pays_no_better_than_failing_late() -> None:
+    config = PPOConfig()
+    failed = [chunk_reward(np.array([k]), np.array([False]), np.array([True]), config)[0] for k in (1, 8)]
+    stayed = chunk_reward(np.array([10_000]), np.array([False]), np.array([False]), config)[0]
+    assert failed == pytest.approx([stayed, stayed])
 
 
 def test_the_backends_own_reward_is_not_used() -> None:
@@ -192,7 +208,7 @@ def test_what_cannot_be_learned_from_is_refused_by_name() -> None:
 @given(
     k=st.integers(1, 12),
     success=st.booleans(),
-    gamma=st.floats(0, 1),
+    gamma=st.floats(0, 0.999),
     reward=st.floats(-5, 5),
     cost=st.floats(0, 1),
 )
@@ -202,4 +218,5 @@ def test_chunk_reward_is_the_plain_sum(k: int, success: bool, gamma: float, rewa
     if success:
         steps[-1] += reward
     expected = sum(gamma**i * r for i, r in enumerate(steps))
-    assert chunk_reward(np.array([k]), np.array([success]), config)[0] == pytest.approx(expected, abs=1e-9)
+    found = chunk_reward(np.array([k]), np.array([success]), np.array([False]), config)
+    assert found[0] == pytest.approx(expected, abs=1e-9)

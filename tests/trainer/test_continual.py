@@ -21,6 +21,7 @@ from bridge.backend import BackendSpec
 from bridge.backends import make_backend
 from bridge.config import ConfigError
 from runtime.bundle import read_bundle
+from runtime.durable import ClaimedError, claim
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
@@ -261,6 +262,18 @@ def test_a_damaged_episode_is_left_out_and_told_of(run: RunDir, robot: Robot) ->
     assert line["unreadable"] == 1
     assert line["episodes"] == 4
     assert any(path.name in warning for warning in warnings)
+
+
+def test_an_episode_that_broke_off_is_not_learned_from_whatever_its_label(run: RunDir, robot: Robot) -> None:
+    robot.abort()
+    index = EpisodeIndex(run.episodes)
+    index.label(index.after(0)[0].episode, "success", "ada")
+    warnings: list[str] = []
+    trainer = make_trainer(run, warnings=warnings)
+    line = iterate(trainer, robot)
+    assert (line["unreadable"], line["episodes"]) == (1, 4)
+    assert index.after(0)[0].episode not in trainer.buffer.own_episodes()
+    assert any("was aborted" in warning and "left out" in warning for warning in warnings)
 
 
 def test_own_successes_enter_the_buffer_and_are_held(run: RunDir, robot: Robot) -> None:
@@ -548,6 +561,12 @@ def test_train_stops_at_its_limit_and_does_not_start_again(run: RunDir, robot: R
     assert version == reports[-1]["version"] == Registry(run.registry).live()
     assert train(run, SPEC, config, 0, **arguments) == version
     assert len(lines(run)) == 2
+
+
+def test_a_run_has_one_trainer(run: RunDir) -> None:
+    run.trainer.mkdir(exist_ok=True)
+    with claim(run.trainer), pytest.raises(ClaimedError, match="is at work here already"):
+        train(run, SPEC, SMALL, 0, announce=print, stop=threading.Event(), report=print, warn=print)
 
 
 WORK = """

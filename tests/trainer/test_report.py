@@ -9,6 +9,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
+from run_logs import trial_row
 
 from bridge.backends import make_backend
 from bridge.config import BackendConfig
@@ -21,7 +23,7 @@ from runtime.records import tensor_records
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.report import write_report
-from trainer.report_data import Report, gather, rolling_mean
+from trainer.report_data import Report, _expert, gather, rolling_mean
 from trainer.report_page import percent, steps
 from trainer.statistics import Evaluation, summarise
 
@@ -180,3 +182,15 @@ def test_rolling_mean() -> None:
     assert rolling_mean([1], [1], 2) == ([], [])
     x, y = rolling_mean(list(map(float, range(5000))), [1.0] * 5000, 10)
     assert len(x) == len(y) == 300 and (x[0], x[-1]) == (9, 4999) and set(y) == {1.0}
+
+
+def test_the_scripted_expert_is_not_credited_with_what_people_showed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    found = []
+    for client in ("demos", "import"):
+        row = trial_row("reach", 12, True, 20)
+        row = replace(row, source="expert", client=client, episode=client, file=f"{client}.ep", steps=20)
+        EpisodeIndex(run.demos).add([row])
+        found.append(_expert(run, HORIZON, first_seed=10))
+    assert found[0] is not None and (found[0].n, found[0].successes) == (3, 1)  # 10 and 11 were passed over
+    assert found[1] is None

@@ -164,6 +164,20 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
         read_run(tmp_path / "nothing")
 
 
+def test_a_seed_that_is_behind_is_not_taken_for_the_mean_of_all(tmp_path: Path) -> None:
+    make_run(tmp_path / "early", MT10, result(FIRST, 78), None)
+    make_run(tmp_path / "late", MT10, result(FIRST, 76), result(LAST, 60), seed=1)
+    text = render(grouped([contestant(tmp_path / name) for name in ("early", "late")]), {})
+    assert "| 1.000 (1 of 2 seeds) | >= 0.930" in text and "| steps over successes | 77" in text
+
+
+def test_evaluations_without_a_goal_in_common_are_no_result(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", MT10[:1], result(FIRST, 78, tasks=MT10[:1]), result(LAST, 60, tasks=MT10[1:2]))
+    found = read_run(tmp_path / "run")
+    assert found.before is None and found.after is None and "the 0 common ones count" in " ".join(found.unfinished)
+    assert "No run has been evaluated yet" in render(grouped([contestant(tmp_path / "run")]), {})
+
+
 def test_a_version_that_was_only_evaluated_is_not_of_the_run(tmp_path: Path) -> None:
     make_run(tmp_path / "run", MT10, result(FIRST, 78), None)
     run, other = RunDir(tmp_path / "run"), "f" * 64
