@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 import inspect
 from pathlib import Path
-from typing import get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from fieldtune.deployment import Deployment
 
@@ -26,18 +27,46 @@ This page is generated from the sources by `docs/generate_configuration.py`.
 """
 
 
-def sentences(struct: type[Struct]) -> dict[str, tuple[str, str]]:
-    """Field -> (type as written, the string below it)."""
+PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
+
+
+def sentences(struct: type[Struct]) -> dict[str, str]:
+    """Field -> the string below it."""
     tree = ast.parse(inspect.getsource(struct)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, str] = {}
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             text = ""
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 text = " ".join(str(after.value.value).split())
-            found[node.target.id] = (ast.unparse(node.annotation), text)
+            found[node.target.id] = text
     return found
+
+
+def words(kind: Any) -> str:
+    """A type as somebody who writes YAML would say it."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return ", ".join([words(inner[0]), *bounds(inner[1])])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys("null" if part is NoneType else words(part) for part in inner))
+    if origin is tuple:
+        if inner[-1] is not ...:
+            return f"[{', '.join(map(words, inner))}]"
+        return f"list of {words(inner[0])}"
+    if origin is dict:
+        return f"mapping to {words(inner[1])}"
+    return PLAIN.get(kind, "mapping")
+
+
+def bounds(meta: Meta) -> list[str]:
+    """What a number or text must keep to."""
+    named = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    found = [f"{text} {getattr(meta, key):g}" for key, text in named.items() if getattr(meta, key) is not None]
+    return [*found, f"matching `{meta.pattern}`"] if meta.pattern else found
 
 
 def section(struct: type[Struct], path: str) -> list[str]:
@@ -45,21 +74,19 @@ def section(struct: type[Struct], path: str) -> list[str]:
     lines = [f"## `{path}`" if path else "## Top level", "", inspect.getdoc(struct) or "", ""]
     lines += ["| key | type | default | |", "|---|---|---|---|"]
     inner: list[tuple[type[Struct], str]] = []
-    types = get_type_hints(struct)
+    types = get_type_hints(struct, include_extras=True)
     said = sentences(struct)
     for field in msgspec.structs.fields(struct):
         kind = types[field.name]
         key = f"{path}.{field.name}" if path else field.name
-        written, text = said[field.name]
+        text = said[field.name]
         if isinstance(kind, type) and issubclass(kind, Struct):
             inner.append((kind, key))
             lines.append(f"| `{field.name}` | section | | {text or f'see `{key}`'} |")
             continue
-        default = "required" if field.required else f"`{field.default!r}`"
-        if field.default_factory is not msgspec.NODEFAULT:
-            default = f"`{field.default_factory()!r}`"
-        written = written.replace("|", "or")
-        lines.append(f"| `{field.name}` | {written} | {default} | {text} |")
+        value = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        default = "required" if field.required else f"`{msgspec.json.encode(value).decode()}`"
+        lines.append(f"| `{field.name}` | {words(kind)} | {default} | {text} |")
     lines.append("")
     for kind, key in inner:
         lines += section(kind, key)

@@ -42,6 +42,7 @@ class DriftRule(Struct, frozen=True, forbid_unknown_fields=True):
     false_alarm: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     """Most that the probability of a false alarm, of any statistic, may be within `window_episodes`."""
     window_episodes: Annotated[int, Meta(ge=1)] = 1000
+    """Episodes after the record within which `false_alarm` holds."""
 
 
 class Drift(Struct, frozen=True):

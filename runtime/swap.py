@@ -32,7 +32,9 @@ class Live:
         chosen = self._registry.get(version).version if version is not None else self._registry.live()
         if chosen is None:
             raise BundleError(
-                "registry", f"{run.registry} has no live version; run `fieldtune sft` or `fieldtune up` first"
+                "registry",
+                f"{run.registry} has no live version; `fieldtune up` or `sft` makes one from demonstrations (`demos`, "
+                "or `demos import DATASET CONFIG`), `fieldtune policies add CONFIG BUNDLE` brings one",
             )
         self._policy = Policy.load(run.policies / chosen, threads=threads)
         self._previous: Policy | None = None

@@ -78,13 +78,13 @@ def _headline(group: Group) -> str:
         "for steps, which says nothing of how seeds differ."
     )
     bound = bound_mean(group[0])
-    moonshot = (
-        f" The moonshot of steps is 1.05 times the kinematic bound, {bound:.1f}." if bound and lines[0].goal else ""
+    stretch = (
+        f" The stretch goal of steps is 1.05 times the kinematic bound, {bound:.1f}." if bound and lines[0].goal else ""
     )
     return (
         _markdown(["", "SFT", "post-trained", "goal", ""], rows)
         + f"\n\n{intervals} A goal counts as met if the mean reaches it. Wall-clock: demonstrations, SFT and, on the "
-        f"right, post-training; evaluations are not counted.{moonshot}"
+        f"right, post-training; evaluations are not counted.{stretch}"
     )
 
 
@@ -92,8 +92,8 @@ def _goal(line: Line) -> str:
     if line.goal is None:
         return ""
     sign, text = (">=" if line.at_least else "<="), UNITS[line.unit]
-    moonshot = f" (moonshot {text(line.moonshot)})" if line.moonshot is not None else ""
-    return f"{sign} {text(line.goal)}{moonshot}"
+    stretch = f" (stretch {text(line.stretch)})" if line.stretch is not None else ""
+    return f"{sign} {text(line.goal)}{stretch}"
 
 
 def _value(figure: Figure | None, unit: str, seeds: int) -> str:
@@ -210,7 +210,7 @@ def _overall(evaluation: Evaluation | None) -> str:
 
 
 def _seeds(group: Group) -> str:
-    header = ["seed", "run", "success", "steps", "with failures", "environment steps", "decisions learned from"]
+    header = ["seed", "run", "success", "steps", "with failures", "environment steps driven", "decisions learned from"]
     header += ["hours: demos, SFT, post-training", "cores idle", "versions", "first -> evaluated version"]
     rows = []
     for run in (contestant.run for contestant in group):

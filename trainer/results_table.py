@@ -33,7 +33,7 @@ class Line(Struct, frozen=True):
     sft: Figure | None
     post: Figure | None
     goal: float | None = None
-    moonshot: float | None = None
+    stretch: float | None = None
     at_least: bool = False
     """Whether the goal is reached from below."""
     note: str = ""
@@ -45,8 +45,8 @@ def headline(group: Sequence[Contestant]) -> list[Line]:
     bound = bound_mean(group[0]) if group else None
     worst = [_worst(run.run.after)[0] for run in group if run.run.after]
     lines = [
-        _line(group, "success, mean of the tasks", "share", _success, 0.93, moonshot=0.98, at_least=True),
-        _line(group, "steps over successes", "steps", _steps, 48.0, moonshot=1.05 * bound if bound else None),
+        _line(group, "success, mean of the tasks", "share", _success, 0.93, stretch=0.98, at_least=True),
+        _line(group, "steps over successes", "steps", _steps, 48.0, stretch=1.05 * bound if bound else None),
         _ratio_line(group),
         _line(group, "steps, failures counted at the horizon", "steps", _steps_all, 58.0),
         _line(group, "worst task's success", "share", _worst_success, 0.80, at_least=True, note=_named(worst)),
@@ -60,7 +60,7 @@ def headline(group: Sequence[Contestant]) -> list[Line]:
     ]
     if {task for evaluation in evaluations for task in evaluation.tasks} == set(MT10):
         return lines
-    return [replace(line, goal=None, moonshot=None) for line in lines]
+    return [replace(line, goal=None, stretch=None) for line in lines]
 
 
 def over_seeds(group: Sequence[Contestant], side: str, measure: Measure) -> Figure | None:
@@ -78,8 +78,8 @@ def verdict(line: Line) -> str:
         assert line.post is not None
         return line.post.mean >= goal if line.at_least else line.post.mean <= goal
 
-    if line.moonshot is not None and reached(line.moonshot):
-        return "met, moonshot too"
+    if line.stretch is not None and reached(line.stretch):
+        return "met, stretch too"
     return "met" if reached(line.goal) else "missed"
 
 
@@ -99,12 +99,12 @@ def _line(
     measure: Measure,
     goal: float,
     *,
-    moonshot: float | None = None,
+    stretch: float | None = None,
     at_least: bool = False,
     note: str = "",
 ) -> Line:
     sides = (over_seeds(group, "before", measure), over_seeds(group, "after", measure))
-    return Line(name, unit, *sides, goal, moonshot, at_least, note)
+    return Line(name, unit, *sides, goal, stretch, at_least, note)
 
 
 def _success(evaluation: Evaluation) -> tuple[float | None, Interval | None]:

@@ -61,7 +61,10 @@ def run_sft(
     rows = {task: demo_rows(index, task, config.demos) for task in tasks}
     for task, own in rows.items():
         if not own:
-            raise SFTError(f"{run.demos} has no demonstration of {task!r}; run `fieldtune demos` first")
+            raise SFTError(
+                f"{run.demos} has no demonstration of {task!r}; `fieldtune demos` makes some where there is a "
+                "scripted expert, `fieldtune demos import DATASET CONFIG` takes those of a LeRobotDataset"
+            )
     policy = policy_spec(run.path.name, spec, config)
     base = read_bundle(start) if start else None
     tokenizer = (

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +80,15 @@ def _make_shipped(config: BackendConfig) -> Any:
 def _make_own(config: BackendConfig) -> Any:
     """An object of a class outside fieldtune."""
     module_name, _, class_name = config.name.partition(":")
+    # A module beside the configuration, wherever the command itself lies; last, so that it hides nothing installed.
+    if "" not in sys.path:
+        sys.path.append("")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
             f"$.backend.name: the module of {config.name!r} cannot be imported: {error}; "
-            "install it in this environment, or add its directory to PYTHONPATH"
+            "give the command from its directory, install it in this environment, or add its directory to PYTHONPATH"
         ) from error
     except ValueError as error:
         raise ConfigError(f"$.backend.name: {config.name!r} is not module:Class") from error

@@ -33,7 +33,9 @@ START_WHY = "Where all of them start: the policy before any post-training."
 
 Files = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
-    tyro.conf.arg(metavar="FILE", help="ablation files, or names of shipped ones; all shipped ones if none is given"),
+    tyro.conf.arg(
+        metavar="[FILE ...]", help="ablation files, or names of shipped ones; all shipped ones if none is given"
+    ),
 ]
 
 

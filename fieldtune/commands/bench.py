@@ -20,7 +20,7 @@ def bench(
     config: Annotated[
         tyro.conf.Positional[str],
         tyro.conf.arg(
-            metavar="CONFIG", help="deployment that rollout and swap (quickstart) and control (realtime) use"
+            metavar="[CONFIG]", help="deployment that rollout and swap (quickstart) and control (realtime) use"
         ),
     ] = "",
     /,

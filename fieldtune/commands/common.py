@@ -41,6 +41,10 @@ Json = Annotated[
     tyro.conf.arg(name="json", help="print one JSON object on stdout and nothing else there"),
 ]
 
+UNREACHED = (
+    "`fieldtune up` or `serve` starts a runtime; other commands find it from the same directory, with the same --set"
+)
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

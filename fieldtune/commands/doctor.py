@@ -23,6 +23,7 @@ from msgspec import Struct
 from rich.markup import escape
 from rich.table import Table
 
+from bridge.backend import HasExpert
 from bridge.backends import make_backend
 from bridge.client import SilentError
 from bridge.config import ConfigError
@@ -33,6 +34,9 @@ from fieldtune import __version__
 from fieldtune.commands.common import Json, Set, endpoint, out, print_json
 from fieldtune.commands.status import runtime_status
 from fieldtune.deployment import Deployment, load_deployment
+from runtime.index import EpisodeIndex
+from runtime.registry import Registry
+from runtime.rundir import RunDir
 
 State = Literal["ok", "note", "warn", "bad"]
 COLOURS: dict[State, str] = {"ok": "green", "note": "dim", "warn": "yellow", "bad": "red"}
@@ -63,7 +67,7 @@ class Check(Struct, frozen=True):
 def doctor(
     config: Annotated[
         tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="CONFIG", help="also check this deployment: a YAML file or the name of a shipped one"),
+        tyro.conf.arg(metavar="[CONFIG]", help="also check this deployment: a YAML file or the name of a shipped one"),
     ] = None,
     /,
     *,
@@ -91,7 +95,10 @@ def doctor(
             f"[{colour}]{check.state}[/{colour}]", escape(check.name), escape(check.found), escape(check.mend)
         )
     out.print(table)
-    out.print("this computer is ready" if good else "[red]mend the rows marked bad[/red]")
+    if good:
+        out.print("this computer is ready" + ("; `fieldtune backend check` tries the device itself" if config else ""))
+    else:
+        out.print("[red]mend the rows marked bad[/red]")
     return 0 if good else 1
 
 
@@ -278,8 +285,27 @@ def check_deployment(config: str, overrides: tuple[str, ...]) -> Iterator[Check]
         cameras = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in spec.cameras) or "no camera"
         found = f"{spec.name}: {cameras}, {len(spec.action.names)} actions at {spec.control_hz:g} Hz"
         yield Check("backend", "ok", f"{found}, {len(spec.instructions)} tasks")
+    yield check_policy(deployment)
     yield check_endpoint(deployment)
     yield check_disk(deployment)
+
+
+def check_policy(deployment: Deployment) -> Check:
+    """A version is live, or there are demonstrations to make one from."""
+    run = RunDir(deployment.run_dir)
+    try:
+        live = Registry(run.registry).live()
+        demos = EpisodeIndex(run.demos).count(status="success")
+        scripted = isinstance(make_backend(deployment.backend), HasExpert)
+    except FieldtuneError as error:
+        return Check("policy", "note", f"cannot be looked for: {error}")
+    if live is not None:
+        return Check("policy", "ok", f"version {live[:12]} is live")
+    if demos or scripted or deployment.trainer.policy is not None:
+        found = f"{demos} demonstrations" if demos else "a scripted expert shows the tasks"
+        return Check("policy", "ok", f"none yet; {deployment.trainer.policy or found}")
+    mend = "fieldtune policies add CONFIG BUNDLE, or fieldtune demos import DATASET CONFIG"
+    return Check("policy", "warn", "none yet, and no demonstrations", mend)
 
 
 def check_endpoint(deployment: Deployment) -> Check:

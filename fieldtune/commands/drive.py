@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from bridge.backends import make_backend
 from bridge.client import PolicyClient, SilentError
@@ -30,7 +33,7 @@ def drive(
     /,
     *,
     overrides: Set = (),
-    endpoint_: str | None = None,
+    endpoint_: Annotated[str | None, tyro.conf.arg(name="endpoint")] = None,
     episodes: int | None = None,
     name: str | None = None,
     as_json: Json = False,

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from rich.table import Table
 
 from bridge.backends import make_backend
+from bridge.config import ConfigError
 from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, progress_bar, run_dir, warn
 from fieldtune.deployment import Deployment, load_deployment
@@ -58,13 +59,18 @@ def evaluate(
         instructions: wordings that the policy is told, for a backend that has the option `instructions`; `held_out`
             are those it was not trained on, with a log and a result of their own
     """
+    if episodes is not None and episodes < 1:
+        raise ConfigError(f"--episodes {episodes}: expected at least 1")
     if instructions is not None:
         overrides = (*overrides, f"backend.options.instructions={instructions}")
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
     wanted = policy or Registry(run_dir(deployment).registry).live()
     if wanted is None:
-        sys.stderr.write(f"fieldtune: run {deployment.name} has no version yet; run `fieldtune sft {config}` first\n")
+        sys.stderr.write(
+            f"fieldtune: run {deployment.name} has no version yet; run `fieldtune sft {config}` first, "
+            "or give one by --policy\n"
+        )
         return 1
     version = find_version(deployment, wanted)
     result = evaluate_version(deployment, config, overrides, version, stop.is_set, quiet=as_json, episodes=episodes)

@@ -13,7 +13,7 @@ from fieldtune.commands.common import Json, out, print_json
 
 def keys(
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")],
-    clients: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CLIENT")],
+    clients: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CLIENT ...")],
     /,
     *,
     as_json: Json = False,

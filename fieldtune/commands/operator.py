@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bridge.client import PolicyClient
+from bridge.client import PolicyClient, SilentError
 from bridge.messages import GetStatus, Operate, Operated, StatusReply
-from fieldtune.commands.common import Config, Json, Set, connect, out, print_json
+from fieldtune.commands.common import UNREACHED, Config, Json, Set, connect, out, print_json
 from fieldtune.deployment import load_deployment
 
 TIMEOUT_S = 3.0
@@ -32,8 +32,11 @@ def stop(config: Config, /, *, overrides: Set = (), why: str = "by the operator"
         why: goes into the log
     """
     deployment = load_deployment(config, overrides)
-    with connect(deployment, "stop", TIMEOUT_S) as client:
-        robots, late = stop_robots(client, why)
+    try:
+        with connect(deployment, "stop", TIMEOUT_S) as client:
+            robots, late = stop_robots(client, why)
+    except SilentError as error:
+        raise SilentError(f"NOTHING WAS STOPPED, use the robot's own switch. {error}; {UNREACHED}") from error
     if as_json:
         print_json({"robots": robots, "late": late})
     else:
@@ -72,8 +75,11 @@ def operator(
         robot: only the robot of this name (fieldtune status has them); not for reset
     """
     deployment = load_deployment(config, overrides)
-    with connect(deployment, "operator", TIMEOUT_S) as client:
-        reply, _ = client.request(Operate(command=command, robot=robot), Operated)
+    try:
+        with connect(deployment, "operator", TIMEOUT_S) as client:
+            reply, _ = client.request(Operate(command=command, robot=robot), Operated)
+    except SilentError as error:
+        raise SilentError(f"{error}; {UNREACHED}") from error
     if as_json:
         print_json({"robots": reply.robots})
     elif reply.robots:

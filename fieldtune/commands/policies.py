@@ -20,6 +20,7 @@ from runtime.registry import Registry, VersionRow
 from runtime.swap import Live
 
 Version = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VERSION", help="a version id or a unique prefix")]
+MaybeVersion = Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[VERSION]")]
 
 
 def list_policies(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
@@ -85,7 +86,7 @@ def show_policy(config: Config, version: Version, /, *, overrides: Set = (), as_
 
 
 def diff(
-    config: Config, version: Version, other: Version = "", /, *, overrides: Set = (), as_json: Json = False
+    config: Config, version: Version, other: MaybeVersion = None, /, *, overrides: Set = (), as_json: Json = False
 ) -> int:
     """Compare two versions on what the robots of the run have seen; the second is the live one if not given.
 
@@ -98,7 +99,7 @@ def diff(
 
     Args:
         version: a version id or a unique prefix
-        other: what it is compared with
+        other: what it is compared with; the live version if not given
     """
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)
@@ -118,7 +119,7 @@ def diff(
     return 0
 
 
-def promote(config: Config, version: Version = "", /, *, overrides: Set = (), as_json: Json = False) -> int:
+def promote(config: Config, version: MaybeVersion = None, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Make a version live by hand: the canary that runs, or any version of the run. Kept with your name.
 
     Examples:
@@ -128,7 +129,7 @@ def promote(config: Config, version: Version = "", /, *, overrides: Set = (), as
     Args:
         version: a version id or a unique prefix; the canary's if not given
     """
-    return _govern(config, overrides, "promote", version, as_json)
+    return _govern(config, overrides, "promote", version or "", as_json)
 
 
 def reject(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> int:
@@ -199,7 +200,7 @@ def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: 
     return 0
 
 
-def rollback(config: Config, version: Version = "", /, *, overrides: Set = (), as_json: Json = False) -> int:
+def rollback(config: Config, version: MaybeVersion = None, /, *, overrides: Set = (), as_json: Json = False) -> int:
     """Make an earlier version live again: the one given, or the one before the live version.
 
     A running runtime swaps at once; a running trainer goes on from the version that is live. Without a runtime the

@@ -10,8 +10,9 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
+from bridge.client import SilentError
 from bridge.messages import GetStatus, StatusReply
-from fieldtune.commands.common import Config, Json, Set, connect, out, print_json, run_dir
+from fieldtune.commands.common import UNREACHED, Config, Json, Set, connect, out, print_json, run_dir
 from fieldtune.deployment import Deployment, load_deployment
 from runtime.status import Status
 
@@ -27,7 +28,10 @@ def status(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> 
       fieldtune status quickstart --json
     """
     deployment = load_deployment(config, overrides)
-    now = runtime_status(deployment, timeout_s=3.0)
+    try:
+        now = runtime_status(deployment, timeout_s=3.0)
+    except SilentError as error:
+        raise SilentError(f"{error}; {UNREACHED}") from error
     trainer = last_metrics(run_dir(deployment).metrics)
     if as_json:
         print_json({"runtime": now, "trainer": trainer})

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from bridge.backend import BackendSpec, Float32, all_instructions
+from bridge.backend import ActionSpec, BackendSpec, Float32, all_instructions
 from bridge.config import ConfigError
 from fieldtune.data.lerobot_layout import ACTION, IMAGE, PRIVILEGED, STATE, Feature, Info
 
@@ -24,6 +24,9 @@ class ElementConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """0.0174532925 makes radians of degrees."""
     offset: float = 0.0
     """In the unit of the backend."""
+    change: bool = False
+    """For an action that says how far a goal moves, from a dataset that says where the goal is: what it has changed
+    since the frame before. Of a change beyond the backend's limits the rest follows in the frames after."""
 
 
 class DatasetConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +38,7 @@ class DatasetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     state: dict[str, str | ElementConfig] = {}
     """Element of the backend's state -> `COLUMN/NAME`, or `{take: COLUMN/NAME, scale: ..., offset: ...}`."""
     action: dict[str, str | ElementConfig] = {}
-    """The same for elements of the action."""
+    """The same for elements of the action; `change: true` for how far a goal moves, of a column that says where it is."""
     tasks: dict[str, str] = {}
     """Text of a task in the dataset -> task of the backend. Texts that are the backend's own need no entry."""
     resize: bool = False
@@ -44,20 +47,36 @@ class DatasetConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Vector:
-    """How one vector of the backend is made: element i is `columns[i]` at `positions[i]`, times scale, plus offset."""
+    """How one vector of the backend is made: element i is `columns[i]` at `positions[i]`, times scale, plus offset, or
+    for `changes` (element -> limits) what that has changed since the frame before."""
 
     columns: tuple[str, ...]
     positions: tuple[int, ...]
     scale: Float32
     offset: Float32
+    changes: Mapping[int, tuple[float, float]]
 
     def read(self, table: Mapping[str, NDArray[Any]]) -> Float32:
-        """float32 `[n, k]` from columns `[n, ...]`."""
+        """float32 `[n, k]` from columns `[n, ...]` of one episode."""
         taken = [
             table[column].reshape(len(table[column]), -1)[:, position]
             for column, position in zip(self.columns, self.positions, strict=True)
         ]
-        return (np.stack(taken, 1) * self.scale + self.offset).astype(np.float32)
+        values = np.stack(taken, 1) * self.scale + self.offset
+        for element, (low, high) in self.changes.items():
+            values[:, element] = changes(values[:, element], low, high)
+        return values.astype(np.float32)
+
+
+def changes(goals: NDArray[Any], low: float, high: float) -> NDArray[np.float64]:
+    """How far a goal that is to follow `goals` `[n]`, from the first of them on, moves in each frame; between `low` and
+    `high`, so that it may be behind for a while."""
+    moved = np.zeros(len(goals))
+    at = float(goals[0]) if len(goals) else 0.0
+    for frame, goal in enumerate(goals):
+        moved[frame] = min(max(goal - at, low), high)
+        at += moved[frame]
+    return moved
 
 
 @dataclass(frozen=True)
@@ -95,11 +114,11 @@ def map_dataset(info: Info, texts: Sequence[str], spec: BackendSpec, config: Dat
     privileged = None
     theirs = features.get(PRIVILEGED)
     if spec.privileged is not None and theirs is not None and theirs.elements == list(spec.privileged.names):
-        privileged = _vector(features, PRIVILEGED, PRIVILEGED, spec.privileged.names, spec.privileged.units, {})
+        privileged = _vector(features, PRIVILEGED, PRIVILEGED, spec.privileged.names, spec.privileged.units, {}, None)
     return DatasetMap(
         cameras=cameras,
-        state=_vector(features, "state", STATE, state.names, state.units, config.state),
-        action=_vector(features, "action", ACTION, action.names, action.units, config.action),
+        state=_vector(features, "state", STATE, state.names, state.units, config.state, None),
+        action=_vector(features, "action", ACTION, action.names, action.units, config.action, spec.action),
         privileged=privileged,
         tasks=_tasks(texts, spec, config),
     )
@@ -115,7 +134,8 @@ def check_limits(action: Float32, spec: BackendSpec, where: str) -> None:
         frame, i = wrong[0]
         raise ConfigError(
             f"$.dataset.action.{limits.names[i]}: {action[frame, i]:g} {limits.units[i]} at frame {frame} of {where} "
-            f"is outside of {limits.low[i]:g} to {limits.high[i]:g}; is the unit right? (scale, offset)"
+            f"is outside of {limits.low[i]:g} to {limits.high[i]:g}; is the unit right (scale, offset)?"
+            + (" Is it a goal, and not how far the goal moves (change: true)?" if limits.kind == "delta" else "")
         )
 
 
@@ -154,13 +174,19 @@ def _vector(
     names: Sequence[str],
     units: Sequence[str],
     given: Mapping[str, str | ElementConfig],
+    limits: ActionSpec | None,
 ) -> Vector:
     columns, positions, elements = [], [], []
-    for name, unit in zip(names, units, strict=True):
+    changing: dict[int, tuple[float, float]] = {}
+    for i, (name, unit) in enumerate(zip(names, units, strict=True)):
         entry = given.get(name, f"{default}/{name}")
         element = entry if isinstance(entry, ElementConfig) else ElementConfig(entry)
         where = f"$.dataset.{section}.{name}"
         column, position = _find(features, element.take, where)
+        if element.change:
+            if limits is None or limits.kind != "delta":
+                raise ConfigError(f"{where}.change: is for an action that says how far its goal moves (kind delta)")
+            changing[i] = limits.low[i], limits.high[i]
         theirs = dict(enumerate(features[column].units or ())).get(position, unit)
         if theirs != unit and element == ElementConfig(element.take):
             raise ConfigError(f"{where}: {element.take} is in {theirs} and the backend's in {unit}; give a scale")
@@ -172,6 +198,7 @@ def _vector(
         tuple(positions),
         np.array([element.scale for element in elements], np.float32),
         np.array([element.offset for element in elements], np.float32),
+        changing,
     )
 
 

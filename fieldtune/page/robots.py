@@ -18,7 +18,8 @@ from fieldtune.page.view import RunView
 from runtime.status import Status
 
 CAMERAS_S = 0.5
-KEYS: dict[str, Command] = {"s": "success", "f": "failure", "e": "end", "p": "pause", "r": "resume"}
+# As in the terminal of `fieldtune drive`, where r lifts a stop: here only the button does that.
+KEYS: dict[Command, str] = {"success": "s", "failure": "f", "end": "e", "pause": "p", "resume": "p"}
 BUTTONS: dict[Command, str] = {
     "success": "green",
     "failure": "red",
@@ -43,9 +44,9 @@ def register(view: RunView) -> None:
         async def refresh() -> None:
             now = await asyncio.to_thread(view.status)
             robots = now.robots if now else {}
-            summary.text = _summary(now) if now else "The runtime does not answer; demonstrations, fine-tuning and "
+            summary.text = _summary(now) if now else "The runtime does not answer; demonstrations, fine-tuning and the "
             if now is None:
-                summary.text += "evaluation run without it."
+                summary.text += "evaluation of a simulator run without it."
             alarms.text = _alarms(now) if now else ""
             empty.visible = not robots and now is not None
             # While the runtime is silent the robots may well be there.
@@ -63,10 +64,11 @@ def register(view: RunView) -> None:
                 card.look(running.get(client))
 
         async def key(event: events.KeyEventArguments) -> None:
-            command = KEYS.get(pressed(event))
-            if command and len(cards) == 1:
-                await next(iter(cards.values())).order(command)
-            elif command:
+            meant = [command for command, own in KEYS.items() if own == pressed(event)]
+            if meant and len(cards) == 1:
+                (card,) = cards.values()
+                await card.order(meant[-1] if card.paused else meant[0])
+            elif meant:
                 ui.notify("the keys are for one robot; here are several, or none")
 
         every(REFRESH_S, refresh)
@@ -90,10 +92,15 @@ class RobotCard:
             with ui.label().classes("figures text-sm") as self._episode:
                 self._instruction = ui.tooltip()
             with ui.row().classes("gap-2"):
-                for key, command in KEYS.items():
+                for command, key in KEYS.items():
                     order = partial(self.order, command)
                     button = ui.button(f"{command} ({key})", color=BUTTONS[command], on_click=order)
                     button.props("dense no-caps outline").classes("px-2")
+
+    @property
+    def paused(self) -> bool:
+        """Whether it said so last."""
+        return bool(self._state.text == "paused")
 
     async def order(self, command: Command) -> None:
         """Give an order; a verdict is for the episode that is shown."""

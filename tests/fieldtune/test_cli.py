@@ -277,6 +277,7 @@ def test_failures_of_a_run_say_why_and_end_with_1(
         "episodes show point nosuch": "no episode nosuch",
         "policies show point ffffffff": "ffffffff",
         "report point": "was not evaluated",
+        "stop point": "NOTHING WAS STOPPED",
     }.items():
         assert run(line.split()) == 1, line
         captured = capsys.readouterr()

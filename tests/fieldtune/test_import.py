@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from bridge.backend import CameraSpec
-from bridge.config import ConfigError
+from bridge.backends import make_backend
+from bridge.config import BackendConfig, ConfigError
 from fieldtune.cli import run
 from fieldtune.commands import up
 from fieldtune.data.export import Wanted, export
@@ -26,7 +27,7 @@ from fieldtune.data.lerobot_export import LeRobotExport
 from fieldtune.data.lerobot_layout import DatasetError
 from fieldtune.data.lerobot_reading import LeRobotReader
 from fieldtune.data.lerobot_tables import tasks_table
-from fieldtune.data.mapping import DatasetConfig, ElementConfig, map_dataset
+from fieldtune.data.mapping import DatasetConfig, ElementConfig, changes, map_dataset
 from fieldtune.deployment import load_deployment
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex
@@ -219,6 +220,51 @@ def test_nothing_is_written_where_a_later_episode_does_not_fit(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"action\.a: 1\.01 m at frame 5 of episode 16 is outside of -1 to 1"):
         imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
     assert not (tmp_path / "demos").exists()
+
+
+def test_goals_become_how_far_they_move(tmp_path: Path) -> None:
+    delta = replace(ONE_CAMERA, action=replace(ONE_CAMERA.action, kind="delta", low=(-0.5, -0.5), high=(0.5, 0.5)))
+    change = replace(MAPPED, action={"a": "action/0", "b": ElementConfig("action/1", DEGREE, change=True)})
+    imported(made(tmp_path / "theirs"), tmp_path / "demos", change, delta)
+    first, second = demos_in(tmp_path / "demos")
+    for demo in (first, second):
+        np.testing.assert_allclose([decision.sent[0, 1] for decision in demo.decisions], 0.0, atol=1e-6)
+    absolute = replace(delta, action=replace(delta.action, kind="absolute"))
+    with pytest.raises(ConfigError, match=r"action\.b\.change: is for an action that says how far its goal moves"):
+        imported(tmp_path / "theirs", tmp_path / "other", change, absolute)
+    with pytest.raises(ConfigError, match=r"state\.z\.change: is for an action"):
+        state = {**MAPPED.state, "z": ElementConfig("observation.state/j3", change=True)}
+        imported(tmp_path / "theirs", tmp_path / "other", replace(change, state=state), delta)
+    with pytest.raises(ConfigError, match=r"action\.b: 45 deg .* \(change: true\)"):
+        imported(
+            tmp_path / "theirs", tmp_path / "other", replace(MAPPED, action={"a": "action/0", "b": "action/1"}), delta
+        )
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=40), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_what_moves_by_changes_follows_the_goals_as_fast_as_it_may(goals: list[float], down: float, up: float) -> None:
+    moved = changes(np.array(goals), -down, up)
+    assert moved[0] == 0.0 and (moved >= -down).all() and (moved <= up).all()
+    at = goals[0] + np.cumsum(moved)
+    for step, place, goal in zip(moved, at, goals, strict=True):
+        assert place == pytest.approx(goal, abs=1e-9) or step in (-down, up)
+
+
+def test_the_shipped_configuration_of_an_arm_takes_what_lerobot_records(tmp_path: Path) -> None:
+    deployment = load_deployment("so101")
+    calibration = Path("configs/calibrations/so101_calibration.yaml").resolve()
+    options = {**deployment.backend.options, "calibration": str(calibration)}
+    spec = make_backend(BackendConfig("so101", options)).spec
+    joints = [f"{name}.pos" for name in spec.state.names]
+    numbers = {"dtype": "float32", "shape": [6], "names": joints}
+    pictures = {"dtype": "video", "shape": [480, 640, 3], "names": ["height", "width", "channels"]}
+    features = {"action": numbers, "observation.state": numbers}
+    features |= {f"observation.images.{camera.name}": pictures for camera in spec.cameras}
+    made(tmp_path / "theirs", fps=30)
+    rewrite_info(tmp_path / "theirs", features=features)
+    info = LeRobotReader(tmp_path / "theirs").info
+    found = map_dataset(info, ["pick up the red block"], spec, deployment.dataset)
+    assert found.action.changes.keys() == set(range(6)) and found.tasks == {"pick up the red block": "pick"}
 
 
 def test_rates_and_units_must_agree(tmp_path: Path) -> None:

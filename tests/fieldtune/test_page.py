@@ -228,7 +228,7 @@ def test_the_robot_is_seen_and_obeys(scene: Scene, page: Any) -> None:
     page.keyboard.press("p")
     page.get_by_text("paused", exact=True).wait_for()
     assert scene.robot().startswith("paused")
-    page.get_by_role("button", name="resume (r)").click()
+    page.get_by_role("button", name="resume (p)").click()
     page.get_by_text("driving", exact=True).wait_for()
 
     def marked() -> bool:

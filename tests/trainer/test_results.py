@@ -59,9 +59,9 @@ def test_the_headline_is_the_mean_over_seeds(three: list[Contestant]) -> None:
     steps = lines["steps over successes"]
     means = [contestant.run.after.overall.steps for contestant in three if contestant.run.after]
     assert steps.post is not None and steps.post.mean == pytest.approx(np.mean(means))
-    assert steps.moonshot == pytest.approx(1.05 * 40) and verdict(steps) == "met"
+    assert steps.stretch == pytest.approx(1.05 * 40) and verdict(steps) == "met"
     assert (
-        verdict(replace(steps, goal=46.0)) == "missed" and verdict(replace(steps, moonshot=47.0)) == "met, moonshot too"
+        verdict(replace(steps, goal=46.0)) == "missed" and verdict(replace(steps, stretch=47.0)) == "met, stretch too"
     )
     ratio = lines["steps over successes against SFT"]
     assert ratio.post is not None and ratio.post.mean == pytest.approx(np.mean([m / 78.5 for m in means]), abs=1e-3)
@@ -105,12 +105,12 @@ def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> No
     small, large = text.split("## 100 demonstrations a task")
     assert "Mean over 3 seeds" in small and "One seed (n = 1)" in large
     assert (
-        "| success, mean of the tasks | 0.800 [0.800, 0.800] | 0.967 [0.823, 1.000] | >= 0.930 (moonshot 0.980) | met |"
+        "| success, mean of the tasks | 0.800 [0.800, 0.800] | 0.967 [0.823, 1.000] | >= 0.930 (stretch 0.980) | met |"
         in small
     )
     low, high = wilson(90, 100)
     assert f"| success, mean of the tasks | 0.900 [{low:.3f}, {high:.3f}] | 1.000 [0.963, 1.000] |" in large
-    assert "met, moonshot too" in large
+    assert "met, stretch too" in large
     afters = [c.run.after for c in three if c.run.after]
     for task in MT10:
         steps = pooled_steps(*afters, task=task)

@@ -58,7 +58,13 @@ class SO101Options(Struct, frozen=True, forbid_unknown_fields=True):
 def calibration_of(options: SO101Options) -> Calibration:
     """The calibration that the options name, checked against the rest of them. Raises `ConfigError`."""
     if options.calibration is not None:
-        calibration = Calibration.load(Path(options.calibration))
+        path = Path(options.calibration)
+        if not path.is_file():
+            raise ConfigError(
+                f"{_OPTIONS}.calibration: there is no file {path.absolute()}; "
+                "a path counts from where the command is given"
+            )
+        calibration = Calibration.load(path)
     elif options.emulate:
         calibration = Calibration(so101_joints(), "the emulated arm")
     else:
