@@ -162,7 +162,8 @@ class PolicyClient:
         reply, tensors = self._receive(posted.deadline, posted.what)
         if self._was_posted(reply, tensors):
             return
-        if isinstance(reply, Refused):
+        # A message that could not be read has no id; another refusal is of a request that nobody waits for any more.
+        if isinstance(reply, Refused) and reply.request == 0:
             raise RefusedError(reply)
         self.dropped += 1
 

@@ -27,7 +27,7 @@ class BackendConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Which backend: a name from `bridge.backends` or `module:Class`, and the keyword arguments of its constructor."""
 
     name: str
-    """One that ships (docs/backends.md), or `module:Class` of a module that can be imported where commands are given."""
+    """One that ships (docs/backends.md), or `module:Class` of a module that can be imported."""
     options: dict[str, Any] = {}
     """The keyword arguments; docs/backends.md has those of each that ships."""
 

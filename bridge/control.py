@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge.backend import Backend, BackendError, Float32, Status
 from bridge.chunks import BLEND_STEPS, Chunks, Plan, StepReport
-from bridge.client import PolicyClient, SilentError
+from bridge.client import PolicyClient, RefusedError, SilentError
 from bridge.config import BridgeConfig
 from bridge.errors import FieldtuneError
 from bridge.guard import Guard
@@ -148,6 +148,8 @@ class EpisodeLoop:
             # A runtime that is silent cannot hear why, and of a stop it hears from the guarding thread.
             known = isinstance(error, SilentError) or guard.halted
             why = str(error) if isinstance(error, FieldtuneError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, BackendError) and self.backend.spec.paced:
+                why = f"stopped by its own fault: {why}"  # what a policy does to a robot is that policy's failure
             self._give_up("" if known else why)
             raise
         return EpisodeReport(status, self.step, self.decisions, self.ticks, tuple(self.versions), end_request)
@@ -280,7 +282,8 @@ class EpisodeLoop:
         self.guard.rest(stop=self.backend.spec.paced)
         if self.asked is not None:
             # The runtime is still at it; what it sends will not be played.
-            self.client.collect(self.asked.request, Chunk)
+            with suppress(RefusedError):
+                self.client.collect(self.asked.request, Chunk)
             self.asked = None
         played, report = self.report.take()
         message = EndEpisode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -51,7 +52,8 @@ def drive(
     """Run episodes as the runtime assigns them until it has no more, `stopped`, or `episodes` are done.
 
     When the runtime falls silent or refuses in mid-episode the backend is stopped, the episode is given up (the runtime
-    keeps it as aborted) and the worker says hello again for at most `give_up_after_s`; then `SilentError` is raised.
+    keeps it as aborted) and the worker says hello again for at most `give_up_after_s`; then `SilentError` is raised,
+    but not while the robot is stopped.
     A robot that was stopped takes no episode until the operator has reset it. One whose backend fails gives the episode
     up and tries the next one, from the second failure in a row on with the backend connected anew; after `MAX_FAULTS`
     it is stopped. What fails in a simulator, or in the first `connect`, is raised.
@@ -95,7 +97,9 @@ def drive(
     try:
         while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
             if welcome is None:
-                welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
+                # Started anew by whoever looks after it, a robot that is stopped would forget that.
+                patience_s = math.inf if guard.stopped else config.give_up_after_s
+                welcome = retry_hello(client, backend.spec, give_up_after_s=patience_s, stopped=stopped)
                 if welcome is None:
                     break
                 if config.merge == "prefix" and not welcome.prefix_steps:

@@ -78,7 +78,7 @@ class Guard:
             self._raise_if_stopped()
             self._halted = False
             self._episode, self.ending, self.holding = episode, "", ""
-        self._resetting = True
+            self._resetting = True
         try:
             reset()
         finally:
@@ -125,12 +125,8 @@ class Guard:
             action, rule = self.stage.keep_inside(action)
             sent = np.asarray(self._backend.apply(action), np.float32)
             self.stage.sent(action)
-        if self._halted:
-            # The stop could not wait for this action, which may have undone it.
-            with self._latch:
-                self._safe = False
-                self._stop_latched()
-            self._raise_if_halted()
+        self._stop_again_if_halted()
+        self._raise_if_halted()
         return sent, rule
 
     def outcome(self) -> Outcome:
@@ -143,7 +139,10 @@ class Guard:
         self._mark("holding")
         with self._device:
             self._raise_if_halted()
-            return self._hold()
+            sent = self._hold()
+        self._stop_again_if_halted()
+        self._raise_if_halted()
+        return sent
 
     @property
     def halted(self) -> bool:
@@ -206,6 +205,8 @@ class Guard:
             return "stopped" if self._safe else "stopping", self.stopped
         if self.holding:
             return "holding", self.holding
+        if self._resetting:
+            return "resetting", ""
         if self.paused:
             return "paused", ""
         return ("driving" if self._episode else "idle"), ""
@@ -256,6 +257,7 @@ class Guard:
                 self._warn(f"cannot hold: {error}")
             finally:
                 self._device.release()
+            self._stop_again_if_halted()
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -269,6 +271,13 @@ class Guard:
         sent = np.asarray(self._backend.apply(self.stage.hold_action()), np.float32)
         self.stage.restart()
         return sent
+
+    def _stop_again_if_halted(self) -> None:
+        """A stop that could not wait for the action just sent may have been undone by it."""
+        if self._halted:
+            with self._latch:
+                self._safe = False
+                self._stop_latched()
 
     def _stop_backend(self) -> None:
         """Wait for the backend's present call, but not long: it may hang."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bridge.backend import BackendSpec, Observation
 from bridge.errors import FieldtuneError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 32
 MAX_DIMS = 4
@@ -35,8 +35,8 @@ Code = Literal[
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
 Governing = Literal["promote", "reject", "pin", "unpin", "rollback"]
-RobotState = Literal["idle", "driving", "paused", "holding", "stopping", "stopped"]
-"""stopping: it is to be stopped, and has not confirmed it."""
+RobotState = Literal["idle", "resetting", "driving", "paused", "holding", "stopping", "stopped"]
+"""resetting: it may move, whatever was ordered but a stop. stopping: it is to be stopped, and has not confirmed it."""
 RULES = ("range", "rate", "first_jump", "workspace", "chunk_age", "hold", "starved")
 """The rules of the safety stage (`bridge.safety`); bit i of a step in the tensor `rules` stands for rule i."""
 

@@ -32,6 +32,7 @@ from runtime.recovery import recover
 CLOSE_TIMEOUT_S = 30.0
 CLOSED = "the log is closed"
 WRITER_DIED = "the log's writer has died; restart the runtime"
+PROBLEMS_SHOWN = 5  # of those that were found when the log was opened
 RECORD_OVERHEAD_BYTES = 200  # counted for each waiting record besides its tensors
 COMMIT_AFTER_S = 0.02  # ended episodes wait no longer than this for others to share their commit
 GATHER_S = 0.05
@@ -97,7 +98,8 @@ class EpisodeLog:
         self._queue = RecordQueue(int(queue_mb * 1e6), self._given_up)
         self._closed = ""
         self._counts = {"stored": 0, "aborted": 0, "lost": 0, "written_bytes": 0, "deleted": 0}
-        self._error = "; ".join(problems)
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        self._error = "; ".join(problems[:PROBLEMS_SHOWN]) + more
         # Of the writer thread alone:
         self._ended: list[tuple[EpisodeRow, LoggedEpisode, Stored]] = []
         self._ended_since_s = 0.0

@@ -122,6 +122,11 @@ class InferenceThread:
         """Start the thread."""
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; without it no request is answered."""
+        return self._thread.is_alive()
+
     def submit(self, pending: Pending) -> None:
         """Queue a request; its `Decided` comes through `done`, on the inference thread."""
         self._queue.put(pending)

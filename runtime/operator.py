@@ -14,6 +14,9 @@ from bridge.messages import Operate, Operated, Orders, RobotState, Watch
 from runtime.router import Router
 from runtime.sessions import OpenEpisode, Session, Sessions
 
+LONGEST_RESET_S = 600.0  # a reset that takes longer hangs
+MOST_WHY = 500  # characters of a reason in the status, whose header is small
+
 
 @dataclass(slots=True)
 class Robot:
@@ -26,6 +29,8 @@ class Robot:
     state: RobotState
     why: str
     seen_s: float
+    resetting_since_s: float
+    """When it said so first; its state says whether it still does."""
     paused: bool
 
     @property
@@ -44,10 +49,15 @@ class Operator:
         self._sessions, self._router, self._abort = sessions, router, abort
         self._robots: dict[str, Robot] = {}
         self._paused = False
+        self._paused_names: set[str] = set()
 
     def watch(self, identity: bytes, message: Watch) -> None:
         """Note what a bridge says of itself, and answer with its orders."""
         known = self._robots.get(message.bridge)
+        now_s = time.monotonic()
+        # One that is paused stays so for a runtime that has started anew, and one that was for a bridge that has.
+        paused = self._paused or message.state == "paused" or message.client in self._paused_names
+        was_resetting = known is not None and known.state == message.state == "resetting"
         robot = self._robots[message.bridge] = Robot(
             identity=identity,
             bridge=message.bridge,
@@ -55,15 +65,17 @@ class Operator:
             session=message.session,
             state=message.state,
             why=message.why,
-            seen_s=time.monotonic(),
-            paused=known.paused if known else self._paused,
+            seen_s=now_s,
+            resetting_since_s=known.resetting_since_s if known is not None and was_resetting else now_s,
+            paused=known.paused if known else paused,
         )
         self._send(robot, request=message.request)
         session = self._sessions.by_id.get(message.session)
         if session is None:
             return
-        if message.state in ("paused", "stopping", "stopped"):
-            # Its loop waits for the operator, so it is not silent.
+        resetting = message.state == "resetting" and now_s - robot.resetting_since_s < LONGEST_RESET_S
+        if resetting or message.state in ("paused", "stopping", "stopped"):
+            # Its loop waits for the robot or the operator, so it is not silent.
             session.last_seen_s = robot.seen_s
         if message.state in ("stopping", "stopped"):
             self._abort(session, f"stopped: {message.why}")
@@ -86,6 +98,9 @@ class Operator:
             self._send(robot, reset=reset)
         if everybody and message.command in ("pause", "resume"):
             self._paused = message.command == "pause"
+            self._paused_names.clear()
+        elif message.command == "resume":
+            self._paused_names.discard(message.robot)
         if message.command == "stop":
             for session in self._sessions.by_id.values():
                 self._abort(session, f"stopped: {self.stopped}")
@@ -104,7 +119,7 @@ class Operator:
     def robots(self) -> dict[str, str]:
         """Name -> what it does, and why."""
         return {
-            self._name(robot): f"{robot.state}: {robot.why}" if robot.why else robot.state
+            self._name(robot): f"{robot.state}: {robot.why[:MOST_WHY]}" if robot.why else robot.state
             for robot in self._robots.values()
         }
 
@@ -117,6 +132,10 @@ class Operator:
         match message.command:
             case "pause" | "resume":
                 robot.paused = message.command == "pause"
+                if message.robot and robot.paused:
+                    self._paused_names.add(robot.client)
+                elif not any(other.paused for other in self._robots.values() if other.client == robot.client):
+                    self._paused_names.discard(robot.client)
             case "end" | "success" | "failure":
                 opened = self._opened(robot)
                 assert opened is not None

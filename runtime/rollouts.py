@@ -228,7 +228,7 @@ class Rollouts:
             pending = item.pending
             session = self._sessions.by_id.get(pending.session)
             opened = session.open if session is not None else None
-            if session is None or opened is None or opened.episode != pending.episode:
+            if session is None or opened is None or opened.episode != pending.episode or opened.storing:
                 self._counters.dropped += 1
                 if session is not None:
                     # A client that was stopped still waits for it; one that has moved on drops the answer.

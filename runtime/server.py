@@ -126,6 +126,8 @@ class PolicyServer:
         self._rollouts.inference.start()
         try:
             while not stopped():
+                if not self._rollouts.inference.alive:
+                    raise RuntimeError("the inference thread has died; its traceback is above")
                 with self._lock:
                     waiting = self._take_messages()
                     self._close_silent()

@@ -158,7 +158,8 @@ def how_it_ended(code: int) -> str:
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set, and in a child also the death of its parent. Call from the main thread.
+    """An event that SIGTERM, SIGINT and the loss of the terminal set, and in a child also the death of its parent. Call
+    from the main thread.
 
     A second signal ends the process at once.
     """
@@ -171,6 +172,9 @@ def stop_on_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        # A robot must be stopped when the connection to its computer is lost. Shell and kernel may both say so.
+        signal.signal(signal.SIGHUP, lambda _number, _frame: stop.set())
     if os.environ.pop(WATCH_STDIN, None):
         threading.Thread(target=_watch_stdin, args=(stop,), name="watch-parent", daemon=True).start()
     return stop

@@ -2,7 +2,8 @@
 
 Two threads. The one that calls `run` touches the backend, and nobody else does: drivers and OpenGL contexts often want
 that. The other one, the door, owns the socket: it checks, refuses, hears signs of life and notices their absence while
-a call is under way. A stop waits for the call that is under way, because only the backend could cut that short.
+a call is under way. A stop that comes then is also told the backend at once, from a third thread, as `Backend.stop`
+allows; a reset may take its time.
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ class BackendServer:
         self._bell = Bell()
         self._closing = threading.Event()
         self._door = threading.Thread(target=self._keep_door, name="door", daemon=True)
-        self._connected = False
+        self._connected = self._busy = False
+        self._not_stopped = ""
+        """The owner that has fallen silent, until the robot has been stopped since."""
+        self._beside: threading.Thread | None = None
         self.endpoint = self._listener.endpoint
 
     def run(self, stopped: Callable[[], bool]) -> None:
@@ -110,8 +114,17 @@ class BackendServer:
             while not stopped():
                 if not self._door.is_alive():
                     raise RuntimeError("the thread of the socket has died; its traceback is above")
-                with suppress(queue.Empty):
-                    self._work(self._jobs.get(timeout=LOOK_S))
+                try:
+                    job = self._jobs.get(timeout=LOOK_S)
+                except queue.Empty:
+                    if self._not_stopped:
+                        self._stop_for_silence(self._not_stopped)
+                    continue
+                self._busy = True
+                try:
+                    self._work(job)
+                finally:
+                    self._busy = False
         finally:
             try:
                 self._disconnect()
@@ -180,9 +193,27 @@ class BackendServer:
         try:
             self._backend.stop()
         except Exception as error:  # noqa: BLE001 - the next owner must find this process alive
-            self._say(f"{client!r} is silent for {silence_s:g} s, and stop() failed: {type(error).__name__}: {error}")
+            if not self._not_stopped:
+                what = f"{type(error).__name__}: {error}"
+                self._say(f"{client!r} is silent for {silence_s:g} s, and stop() failed, trying again: {what}")
+            self._not_stopped = client
         else:
+            self._not_stopped = ""
             self._say(f"{client!r} is silent for {silence_s:g} s: the robot was stopped, and is free")
+
+    def _stop_beside(self) -> None:
+        """Tell the backend to stop while it is in another call; the stop in its turn follows. Of the door's thread."""
+        if not self._busy or (self._beside is not None and self._beside.is_alive()):
+            return
+
+        def stop() -> None:
+            try:
+                self._backend.stop()
+            except Exception as error:  # noqa: BLE001 - the stop in its turn tells the owner of what it meets
+                self._say(f"stop() beside another call: {type(error).__name__}: {error}")
+
+        self._beside = threading.Thread(target=stop, name="stop", daemon=True)
+        self._beside.start()
 
     def _disconnect(self) -> None:
         """Stop and close the backend if it is connected."""
@@ -192,7 +223,7 @@ class BackendServer:
             self._backend.stop()
         finally:
             self._backend.close()
-            self._connected = False
+            self._connected, self._not_stopped = False, ""
 
     # --- the door -----------------------------------------------------------------------------------------------------
 
@@ -213,6 +244,7 @@ class BackendServer:
                 self._receive()
             silent = self._ownership.take_from_silent()
             if silent is not None:
+                self._stop_beside()
                 self._jobs.put(_DeadMan(silent.client))
 
     def _receive(self) -> None:
@@ -234,6 +266,8 @@ class BackendServer:
             if isinstance(message, Describe):
                 self._send(identity.bytes, message.request, self._described)
             else:
+                if isinstance(message, Stop):
+                    self._stop_beside()
                 self._jobs.put(_Job(identity.bytes, message, arrays))
 
     def _admit(self, message: FarRequest, arrays: Arrays) -> bool:

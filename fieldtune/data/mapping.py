@@ -38,7 +38,7 @@ class DatasetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     state: dict[str, str | ElementConfig] = {}
     """Element of the backend's state -> `COLUMN/NAME`, or `{take: COLUMN/NAME, scale: ..., offset: ...}`."""
     action: dict[str, str | ElementConfig] = {}
-    """The same for elements of the action; `change: true` for how far a goal moves, of a column that says where it is."""
+    """The same for elements of the action; `change: true` makes of a goal how far it moves."""
     tasks: dict[str, str] = {}
     """Text of a task in the dataset -> task of the backend. Texts that are the backend's own need no entry."""
     resize: bool = False

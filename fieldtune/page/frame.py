@@ -21,7 +21,8 @@ from fieldtune.page.view import RunView
 PAGES = {"/": "Robots", "/versions": "Versions", "/learning": "Learning", "/episodes": "Episodes"}
 REFRESH_S = 1.0
 FEW_POINTS = 20  # are drawn as dots too: one alone makes no line
-COLOURS = {"driving": "green", "idle": "grey", "paused": "orange", "holding": "orange"}  # all others: red
+# All others: red.
+COLOURS = {"driving": "green", "idle": "grey", "resetting": "orange", "paused": "orange", "holding": "orange"}
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
 # Of their own, so that a stop never waits behind what is only looked at.
 ACTIONS = ThreadPoolExecutor(4, thread_name_prefix="action")

@@ -318,6 +318,11 @@ def test_a_posted_request_is_answered_later_and_its_reply_is_kept_from_others(st
         with pytest.raises(RefusedError, match="disk full"):
             client.collect(refused, StatusReply)
         assert client.dropped == 0
+        forgotten = client.post(GetStatus())
+        client.forget(forgotten)
+        runtime.script = lambda message, arrays: [(status(message), None)]
+        assert client.collect(client.post(GetStatus()), StatusReply)[0].request == forgotten + 1
+        assert client.dropped == 1
         runtime.script = mute
         silent = client.post(GetStatus())
         with pytest.raises(SilentError):

@@ -21,6 +21,7 @@ from bridge.client import PolicyClient, RefusedError, SilentError
 from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport
 from bridge.drive import MAX_FAILURES, DriveSummary, drive
+from bridge.guard import Guard
 from bridge.messages import Assignment, Operate, Operated
 
 ENOUGH_S = 60.0
@@ -42,13 +43,18 @@ class Watched:
 class Worker:
     """`drive` in a thread, with what it reported."""
 
-    def __init__(self, backend: Any, client: PolicyClient, config: BridgeConfig, episodes: int | None) -> None:
+    def __init__(
+        self, backend: Any, client: PolicyClient, config: BridgeConfig, episodes: int | None, stopped_before: str
+    ) -> None:
         self.backend, self.client = backend, client
         self.stop = threading.Event()
         self.reports: list[tuple[EpisodeReport, Assignment]] = []
         self.warnings: list[str] = []
         self.summary: DriveSummary | None = None
         self.error: BaseException | None = None
+        self.guard = Guard(backend, config.safety, warn=self.warnings.append)
+        if stopped_before:
+            self.guard.stop(stopped_before)
         self.thread = threading.Thread(target=self._run, args=(config, episodes), daemon=True)
         self.thread.start()
 
@@ -62,6 +68,7 @@ class Worker:
                 report=lambda report, assignment: self.reports.append((report, assignment)),
                 warn=self.warnings.append,
                 episodes=episodes,
+                guard=self.guard,
             )
         except BaseException as error:
             self.error = error
@@ -82,10 +89,12 @@ Start = Callable[..., Worker]
 def work(point: Backend) -> Iterator[Start]:
     workers: list[Worker] = []
 
-    def start(endpoint: str, *, episodes: int | None = None, backend: Any = None, **config: Any) -> Worker:
+    def start(
+        endpoint: str, *, episodes: int | None = None, backend: Any = None, stopped_before: str = "", **config: Any
+    ) -> Worker:
         settings = BridgeConfig(**{"request_timeout_s": 1.0, "give_up_after_s": ENOUGH_S, **config})
         client = PolicyClient(endpoint, client="worker", timeout_s=settings.request_timeout_s)
-        workers.append(Worker(backend or Watched(point), client, settings, episodes))
+        workers.append(Worker(backend or Watched(point), client, settings, episodes, stopped_before))
         return workers[-1]
 
     yield start
@@ -161,6 +170,14 @@ def test_a_worker_survives_a_runtime_that_stops_and_comes_back(serve: Any, work:
     for _, assignment in worker.reports:
         row = second.log.index.get(assignment.episode)
         assert row is not None and row.status in ("success", "timeout")
+
+
+def test_a_worker_whose_robot_is_stopped_does_not_give_up(work: Start, tmp_path: Path) -> None:
+    worker = work(f"ipc://{tmp_path}/policy.sock", give_up_after_s=0.1, stopped_before="a hand")
+    time.sleep(2.5)  # a hello takes a second
+    assert worker.thread.is_alive()
+    worker.stop.set()
+    assert worker.join().episodes == 0
 
 
 def test_a_worker_gives_up_when_no_runtime_comes(work: Start, tmp_path: Path) -> None:

@@ -287,6 +287,50 @@ def test_an_action_that_was_under_way_at_the_stop_is_followed_by_another_stop() 
     assert g.robot.calls == ["apply", "stop", "stop"]
 
 
+@pytest.mark.parametrize("who", ["loop", "dead-man"])
+def test_a_hold_that_was_under_way_at_the_stop_is_followed_by_another_stop(who: str) -> None:
+    applying, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        applying.set()
+        assert go.wait(ENOUGH_S)
+
+    g = Guarded(Robot(on={"apply": hang}))
+    g.begin()
+    done = threading.Event()
+
+    def hold() -> None:
+        if who == "loop":
+            with pytest.raises(StoppedError):
+                g.guard.hold()
+        else:
+            g.clock.work(1.0)
+            g.guard.tick()
+        done.set()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert applying.wait(ENOUGH_S)
+    g.guard.stop("a hand")
+    go.set()
+    assert done.wait(ENOUGH_S)
+    thread.join(ENOUGH_S)
+    assert g.robot.calls == ["apply", "stop", "stop"]
+
+
+def test_a_robot_that_is_being_reset_says_so_whatever_was_ordered() -> None:
+    g = Guarded()
+    states: list[str] = []
+
+    def reset() -> None:
+        g.guard.pause(True)
+        states.append(g.guard.state[0])
+        g.robot.reset("t", 0)
+
+    g.guard.begin("e1", reset)
+    assert [*states, g.guard.state[0]] == ["resetting", "paused"]
+
+
 def test_the_runtimes_orders_stop_pause_reset_and_end() -> None:
     g = Guarded()
     g.begin("e1")

@@ -307,6 +307,48 @@ def test_a_stop_does_not_wait_for_the_answer_to_another_call(start: Start) -> No
     assert far.robot.calls == ["connect", "stop"]
 
 
+def test_a_stop_reaches_the_backend_while_it_is_in_another_call(start: Start) -> None:
+    homing, told = threading.Event(), threading.Event()
+
+    class Slow(Robot):
+        def reset(self, task: str, seed: int) -> None:
+            super().reset(task, seed)
+            homing.set()
+            assert told.wait(ENOUGH_S), "nobody has told it to stop"
+
+        def stop(self) -> None:
+            super().stop()
+            told.set()
+
+    far = start(Slow())
+    remote = far.connected()
+    resetting = threading.Thread(target=remote.reset, args=("reach", 0))
+    resetting.start()
+    assert homing.wait(ENOUGH_S)
+    remote.stop()
+    resetting.join(ENOUGH_S)
+    assert not resetting.is_alive()
+    assert far.robot.calls[:4] == ["connect", "reset", "stop", "stop"], "beside it, and in its turn"
+
+
+def test_a_robot_that_did_not_stop_for_a_silent_owner_is_told_until_it_does(start: Start) -> None:
+    class Deaf(Robot):
+        times = 0
+
+        def stop(self) -> None:
+            super().stop()
+            Deaf.times += 1
+            if Deaf.times < 4:
+                raise OSError("a damaged packet")
+
+    far = start(Deaf(), silence_s=0.2)
+    remote = far.connected()
+    remote._session.lose("as if the process had been killed")  # type: ignore[union-attr]
+    wait_until(lambda: any("the robot was stopped" in line for line in far.said), "it was never stopped")
+    assert len([line for line in far.said if "stop() failed, trying again: OSError: a damaged" in line]) == 1
+    assert far.robot.calls.count("stop") >= 4
+
+
 # --- what goes wrong there ------------------------------------------------------------------------------------------
 
 

@@ -669,3 +669,13 @@ def test_an_aborted_episode_has_no_last_observation(tmp_path: Path) -> None:
     path.write_bytes(frames(*GOOD[:3], end))
     episode = read_episode(path)
     assert (episode.status, episode.reason, episode.final, episode.success) == ("aborted", "why", None, False)
+
+
+def test_of_many_files_that_cannot_be_read_a_few_are_named_and_all_counted(tmp_path: Path) -> None:
+    EpisodeLog(tmp_path).close()
+    for i in range(200):
+        (tmp_path / "done" / f"._{i:03}.ep").write_bytes(b"left by another system")
+    log = EpisodeLog(tmp_path)
+    said = log.stats().error
+    log.close()
+    assert "._000.ep" in said and said.endswith("; and 195 more") and len(said) < 5000

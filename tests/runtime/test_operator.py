@@ -173,6 +173,46 @@ def test_one_robot_or_all_are_paused_and_so_is_who_comes_later(scene: Callable[.
         late.close()
 
 
+def test_a_robot_that_was_paused_stays_so_until_somebody_resumes_it(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    # The runtime has started anew: it knows of no pause, the robot does.
+    assert s.bridge.beat("paused").paused
+    # The bridge has started anew: it knows of no pause, the runtime does.
+    first, again = Bridge(s.serving.endpoint, "arm2", ""), Bridge(s.serving.endpoint, "arm2", "")
+    try:
+        first.beat("idle")
+        s.operate("pause", robot="arm2")
+        again.client = "arm2"
+        again._socket.send_multipart(encode(Watch(request=1, bridge="new", client="arm2", session="", state="idle")))
+        assert again.orders().paused
+        s.operate("resume", robot="arm2")
+        third = Watch(request=2, bridge="newer", client="arm2", session="", state="idle")
+        again.orders()
+        again._socket.send_multipart(encode(third))
+        assert not again.orders().paused
+    finally:
+        first.close()
+        again.close()
+
+
+def test_a_robot_whose_reset_takes_long_is_not_silent_but_one_whose_reset_hangs_is(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = scene(session_timeout_s=0.5)
+
+    def resetting_for(seconds: float) -> None:
+        deadline_s = time.monotonic() + seconds
+        while time.monotonic() < deadline_s:
+            s.bridge.beat("resetting")
+            time.sleep(0.05)
+
+    resetting_for(1.5)
+    assert s.serving.status()["sessions"] == 1
+    monkeypatch.setattr("runtime.operator.LONGEST_RESET_S", 1.0)
+    resetting_for(1.0)
+    assert s.serving.status()["sessions"] == 0
+
+
 @pytest.mark.parametrize("command", ["end", "success", "failure"])
 def test_an_episode_is_ended_once_and_the_next_one_is_not(scene: Callable[..., Scene], command: Command) -> None:
     s = scene()

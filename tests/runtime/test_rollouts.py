@@ -1,5 +1,6 @@
 """Episodes over real sockets: what is kept of what is driven, however it ends."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from bridge.backend import Backend
 from bridge.messages import (
     PROTOCOL,
     Assignment,
+    EndEpisode,
+    EpisodeStored,
     Hello,
     Infer,
     NoEpisode,
@@ -182,6 +185,43 @@ def test_an_episode_that_is_given_up_says_why_and_what_was_executed(
     assert [len(decision.sent) for decision in episode.decisions] == [3] and episode.final is None
     assert serving.status()["episodes"] == {"aborted": 1}
     assert robot.run_episode(point.spec).episode != stored.episode
+
+
+def test_a_chunk_that_is_ready_while_its_given_up_episode_is_stored_harms_nobody(
+    serve: Any, point: Backend, fake_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = fake_policy()
+    serving = serve(policy=policy)
+    robot = serving.robot(point.spec)
+    robot.next()
+    robot.infer(robot.observation(point.spec))
+    policy.gate.clear()
+    policy.waiting.clear()
+    late = robot.client.post(
+        Infer(session=robot.welcome.session, episode=robot.episode, step=0), robot.observation(point.spec)
+    )
+    assert policy.waiting.wait(ENOUGH_S)
+    robot.client.forget(late)
+    ending, disk, sync = threading.Event(), threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        ending.set()
+        assert disk.wait(ENOUGH_S)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    robot.executed(3)
+    end = EndEpisode(status="aborted", reason="the camera is gone", steps=3, **robot._fields())
+    ended = robot.client.post(end, robot.report)
+    assert ending.wait(ENOUGH_S)
+    policy.gate.set()
+    other = serving.robot(point.spec, "another")
+    other.next()
+    other.infer(other.observation(point.spec))
+    disk.set()
+    assert robot.client.collect(ended, EpisodeStored)[0].episode == robot.episode
+    assert serving.status()["dropped"] == 1
+    robot.run_episode(point.spec)
 
 
 def test_an_episode_may_be_given_up_before_its_first_step(serve: Any, point: Backend) -> None:

@@ -443,9 +443,10 @@ def test_which_episodes_count(scene: Scene) -> None:
     scene.write("f" * 64)
     assert scene.seen() == (0, 0)
     scene.write(candidate, status="aborted", reason="stopped: by the operator", steps=1)
+    scene.write(candidate, status="aborted", reason="stopped by its own fault: overload", steps=1)
     scene.write(scene.first, status="failure")
     scene.write(scene.first, steps=3)
-    assert scene.seen() == (1, 2)
+    assert scene.seen() == (2, 2)
     evidence = scene.staging.standing()["evidence"]
     assert evidence["candidate_success"] == 0.0 and evidence["live_success"] == 0.5
 

@@ -170,6 +170,20 @@ def test_the_log_in_the_message_is_only_its_end(make: Make) -> None:
     assert silent.tail().endswith("silent.log is empty")
 
 
+def test_a_process_whose_terminal_is_gone_stops_in_order_unless_it_was_to_outlive_it(make: Make) -> None:
+    child, kept = make(OBEDIENT, "child"), make("import signal; signal.signal(1, signal.SIG_IGN)" + OBEDIENT, "kept")
+    for each in (child, kept):
+        each.start()
+        up(each)
+        assert each.process is not None
+        each.process.send_signal(signal.SIGHUP)
+        each.process.send_signal(signal.SIGHUP)
+    assert child.process is not None and child.process.wait(ENOUGH_S) == 0
+    assert "stopped in order" in text(child)
+    assert kept.process is not None and kept.process.poll() is None
+    assert kept.stop(ENOUGH_S) == 0
+
+
 def test_stop_asks_first_and_the_child_may_finish(make: Make) -> None:
     child = make(OBEDIENT)
     child.start()
