@@ -191,8 +191,10 @@ class Guard:
         self.paused = self._paused_here or self._paused_there
 
     def finish(self, ending: Ending) -> None:
-        """End the running episode, if there is one, so."""
-        if self._episode:
+        """End the running episode, if there is one, so. One that is being reset has not begun: what is said then is
+        most often meant for the one before.
+        """
+        if self._episode and not self._resetting:
             self.ending = ending
 
     @property

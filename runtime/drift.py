@@ -4,9 +4,10 @@ Every statistic of an episode is one number. Its first `record_episodes` values 
 value is ranked among all before it. While nothing changes the values are exchangeable, so every rank is equally
 likely whatever their distribution, and a bet on extreme ranks gains nothing on average. That is a conformal test
 martingale; its Shiryaev-Roberts sum R <- (1 + R) e starts a new bet at every episode, so that a change is found
-however late it comes (Vovk et al., "Retrain or not retrain", arXiv 2102.10439). R - n is a martingale, so that by
-Doob's inequality R reaches A within n episodes with probability at most n / A (it is an e-detector: Shin, Ramdas and
-Rinaldo, arXiv 2203.03532). A is chosen so that all alarms together stay below what `DriftRule` allows.
+however late it comes (Vovk et al., "Retrain or not retrain", arXiv 2102.10439). Without ties R - n is a martingale,
+so that by Doob's inequality R reaches A within n episodes with probability at most n / A (it is an e-detector: Shin,
+Ramdas and Rinaldo, arXiv 2203.03532); with ties its mean is n. A is chosen so that all alarms together stay below what
+`DriftRule` allows.
 """
 
 from __future__ import annotations

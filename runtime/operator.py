@@ -142,9 +142,11 @@ class Operator:
                 opened.ending = message.command
 
     def _is_in(self, robot: Robot, episode: str) -> bool:
-        """Whether it is in that episode, or in any where none is named."""
+        """Whether it is in that episode, or in any that has begun where none is named: on the way to the start of the
+        next one, a word is most often for the one before.
+        """
         opened = self._opened(robot)
-        return opened is not None and episode in ("", opened.episode)
+        return opened is not None and (episode == opened.episode or (not episode and opened.started))
 
     def _send(self, robot: Robot, *, request: int = 0, reset: bool = False) -> None:
         opened = self._opened(robot)

@@ -125,14 +125,16 @@ class Staging:
         report = self._judged(policy, live)
         figures = msgspec.to_builtins(report)
         with self._changing:
-            if self._pinned_by:
+            if self._live().version == policy.version:
+                pass  # somebody has promoted it meanwhile
+            elif self._pinned_by:
                 self._reject(policy.version, f"the live version is pinned by {self._pinned_by}", "rule", figures)
             elif report.refused:
                 self._reject(policy.version, f"gate: {'; '.join(report.refused)}", "rule", figures)
             elif self._live() is not live:
                 self._reject(policy.version, "the live version changed while it was judged", "rule", figures)
             else:
-                self._end_trial(f"superseded by {policy.version[:12]}", "rule")
+                self._end_trial(f"superseded by {policy.version[:12]}", "rule", needed=policy.version)
                 self._begin_trial(policy, figures)
             self._note()
         return self._live().version
@@ -188,7 +190,7 @@ class Staging:
         for version, change in last.items():
             if change.stage == "canary" and change.evidence["live"] == live:
                 try:
-                    policy = Policy.load(self._run.policies / version)
+                    policy = self._live.installed(version)
                 except BundleError as error:
                     self._reject(version, str(error), "rule", {})
                     continue
@@ -223,16 +225,17 @@ class Staging:
         test = Canary(policy.version, self._live().version, self._horizon_steps, self._config.canary)
         return Trial(policy, test, since_unix_s)
 
-    def _end_trial(self, why: str, who: str, *, must: bool = False) -> None:
+    def _end_trial(self, why: str, who: str, *, must: bool = False, needed: str = "") -> None:
+        """`needed` is a version whose bundle has to stay."""
         trial, self._trial = self._trial, None
         if trial is not None:
-            self._reject(trial.policy.version, why, who, msgspec.to_builtins(trial.test.evidence()))
+            self._reject(trial.policy.version, why, who, msgspec.to_builtins(trial.test.evidence()), needed)
         elif must:
             raise BundleError("version", "no canary runs now")
 
-    def _reject(self, version: str, why: str, who: str, evidence: dict[str, Any]) -> None:
+    def _reject(self, version: str, why: str, who: str, evidence: dict[str, Any], needed: str = "") -> None:
         self._registry.enter(version, "rejected", why=why, who=who, evidence=evidence)
-        self._live.prune(self._trial.policy.version if self._trial else "")
+        self._live.prune(self._trial.policy.version if self._trial else needed)
         self._warn(f"version {version[:12]} is rejected: {why}")
 
     def _promote(self, policy: Policy, why: str, who: str) -> None:

@@ -79,6 +79,12 @@ class Live:
         self._registry.add(policy.version, parent=policy.spec.parent, made=policy.spec.made)
         return policy
 
+    def installed(self, version: str) -> Policy:
+        """A version of the run, checked. Raises `BundleError`."""
+        policy = Policy.load(self._run.policies / version, threads=self._threads)
+        require_same_interface(policy.spec, self._policy.spec)
+        return policy
+
     def make_live(self, policy: Policy, why: str) -> str:
         """Serve a policy that `load` gave."""
         with self._changing:
@@ -111,8 +117,7 @@ class Live:
             if self._previous is not None and self._previous.version == wanted:
                 policy = self._previous
             else:
-                policy = Policy.load(self._run.policies / wanted, threads=self._threads)
-                require_same_interface(policy.spec, self._policy.spec)
+                policy = self.installed(wanted)
             self._flip(policy, why)
         return policy.version
 

@@ -86,7 +86,7 @@ def collect_demos(
         if task not in spec.instructions:
             known = ", ".join(spec.instructions)
             raise DemosError(f"trainer.tasks: backend {spec.name} has no task {task!r} (known: {known})")
-    log = EpisodeLog(directory)
+    log = EpisodeLog(directory, queue_mb=NO_LIMIT_MB)
     try:
         index = EpisodeIndex(directory)
         seeds = {task: _Seeds(task, demo_rows(index, task, config), config, horizon_steps) for task in tasks}
@@ -185,6 +185,10 @@ class _Seeds:
             if demonstration is not None:
                 keep.append(demonstration)
         return keep
+
+
+NO_LIMIT_MB = 1e6
+"""Of the queue of a log that `store` fills: the episode is in memory already, and no robot is served beside it."""
 
 
 def store(log: EpisodeLog, demonstration: Demonstration) -> None:

@@ -41,6 +41,8 @@ Json = Annotated[
     tyro.conf.arg(name="json", help="print one JSON object on stdout and nothing else there"),
 ]
 
+JUDGED_S = 120.0
+"""For the answer to an announcement: a gate may run a large policy over many logged decisions on busy cores."""
 UNREACHED = (
     "`fieldtune up` or `serve` starts a runtime; other commands find it from the same directory, with the same --set"
 )

@@ -10,8 +10,20 @@ import tyro
 
 from bridge.client import SilentError
 from bridge.messages import Announce, Govern, Governing, Serving
-from fieldtune.commands.common import BundleName, Config, Json, Set, connect, list_table, out, print_json, run_dir
-from fieldtune.deployment import find_bundle, load_deployment
+from fieldtune.commands.common import (
+    JUDGED_S,
+    BundleName,
+    Config,
+    Json,
+    Set,
+    connect,
+    list_table,
+    out,
+    print_json,
+    run_dir,
+)
+from fieldtune.commands.status import runtime_status
+from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install
 from runtime.bundle import read_bundle
 from runtime.gate import gate_episodes, judge
@@ -182,14 +194,12 @@ def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: 
     deployment = load_deployment(config, overrides)
     registry = Registry(run_dir(deployment).registry)
     path = find_bundle(bundle)
-    try:
-        if registry.live() is None:
-            raise SilentError("a run without a version has no runtime")
-        with connect(deployment, "policies", timeout_s=10.0) as client:
+    if registry.live() is not None and runtime_answers(deployment):
+        with connect(deployment, "policies", timeout_s=JUDGED_S) as client:
             reply, _ = client.request(Announce(path=str(path.resolve())), Serving)
         version = read_bundle(path).version
         where = "the running runtime" if reply.version == version else ""
-    except SilentError:
+    else:
         version, where = install(deployment, path, bundle), "the next start"
         registry.set_live(version, why="added by hand")
     if as_json:
@@ -216,11 +226,11 @@ def rollback(config: Config, version: MaybeVersion = None, /, *, overrides: Set 
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)
     wanted = Registry(run.registry).get(version).version if version else ""
-    try:
-        with connect(deployment, "rollback", timeout_s=10.0) as client:
+    if runtime_answers(deployment):
+        with connect(deployment, "rollback", timeout_s=JUDGED_S) as client:
             reply, _ = client.request(Govern(command="rollback", version=wanted, who=getpass.getuser()), Serving)
         now, before, where = reply.version, reply.previous, "the running runtime"
-    except SilentError:
+    else:
         live = Live(run, threads=1, keep_versions=deployment.runtime.keep_versions)
         before = live().version
         now, where = live.rollback(wanted), "the next start (no runtime is running)"
@@ -229,6 +239,15 @@ def rollback(config: Config, version: MaybeVersion = None, /, *, overrides: Set 
     else:
         out.print(f"{now[:12]} is live for {where}; before it was {before[:12]}")
     return 0
+
+
+def runtime_answers(deployment: Deployment) -> bool:
+    """Whether a runtime serves the run: what it is asked for must not be done beside it, however long it takes."""
+    try:
+        runtime_status(deployment, timeout_s=2.0)
+    except SilentError:
+        return False
+    return True
 
 
 def _when(unix_s: float) -> str:

@@ -9,8 +9,20 @@ from typing import Any
 from bridge.backends import make_backend
 from bridge.client import SilentError
 from bridge.config import ConfigError
-from bridge.messages import Announce, Serving
-from fieldtune.commands.common import Config, Json, Set, connect, err, out, print_json, progress_bar, run_dir, warn
+from bridge.messages import Announce, GetStatus, Serving, StatusReply
+from fieldtune.commands.common import (
+    JUDGED_S,
+    Config,
+    Json,
+    Set,
+    connect,
+    err,
+    out,
+    print_json,
+    progress_bar,
+    run_dir,
+    warn,
+)
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from runtime.supervisor import stop_on_signals
 
@@ -127,7 +139,9 @@ def announce(deployment: Deployment, path: Path) -> None:
     for attempt in range(1, ANNOUNCE_TRIES + 1):
         try:
             with connect(deployment, "trainer", ANNOUNCE_TIMEOUT_S) as client:
-                client.request(Announce(path=str(path.resolve())), Serving)
+                client.request(GetStatus(), StatusReply)
+                # It answers when it has judged, which must not be asked for twice.
+                client.request(Announce(path=str(path.resolve())), Serving, timeout_s=JUDGED_S)
                 return
         except SilentError as error:
             if attempt == ANNOUNCE_TRIES:

@@ -23,7 +23,7 @@ from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex
 from runtime.records import tensor_records
 from trainer.attempts import EXPERT_VERSION, Demonstration
-from trainer.demos import store
+from trainer.demos import NO_LIMIT_MB, store
 
 CLIENT = "import"
 
@@ -65,7 +65,7 @@ def import_demos(
             _check_numbers(episode, mapped, spec)
     if mapped.privileged is None:
         spec = replace(spec, privileged=None)
-    log = EpisodeLog(directory)
+    log = EpisodeLog(directory, queue_mb=NO_LIMIT_MB)
     try:
         index = EpisodeIndex(directory)
         demos = [row for row in index.list(limit=10**9, status="success") if row.source == "expert"]
@@ -81,6 +81,9 @@ def import_demos(
             if stopped():
                 break
             name = _identity(episode, mapped)
+            while (stored := index.get(name)) is not None and stored.status == "aborted" and not stored.labelled_by:
+                # An import was killed in it. Its id is taken, so what takes its place has the next one.
+                name = hashlib.sha256(name.encode()).hexdigest()[: len(name)]
             if _failed(episode):
                 failures += 1
             elif name in known:

@@ -84,15 +84,23 @@ def _show(view: RunView, name: str, row: EpisodeRow, players: list[Player], chos
             status.props(f"color={STATUS_COLOURS[now.status]}")
             said.text = f"labelled by {now.labelled_by}" if now.labelled_by else now.reason
 
+    leaving = False  # the browser takes a while: a key that comes then is meant for the next episode
+
     async def give(value: Label) -> None:
+        if leaving:
+            ui.notify("the next episode is not here yet; nothing was said of it", type="warning")
+            return
         await act(partial(actions.label, view, row.episode, value, name))
         await refresh()
 
     async def go(older: int) -> None:
+        nonlocal leaving
+        leaving = True
         near = await asyncio.to_thread(partial(view.index.next_to, row.seq, older, **chosen))
         if near:
             ui.navigate.to(episode_url(near, **chosen))
         else:
+            leaving = False
             which = ", ".join(value for value in chosen.values() if value)
             ui.notify(f"{'no older' if older > 0 else 'no newer'} one{f' of {which}' if which else ''}")
 

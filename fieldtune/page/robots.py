@@ -104,7 +104,11 @@ class RobotCard:
 
     async def order(self, command: Command) -> None:
         """Give an order; a verdict is for the episode that is shown."""
-        episode = self._shown[0] if command in ("success", "failure", "end") else ""
+        verdict = command in ("success", "failure", "end")
+        if verdict and not self._shown[0]:
+            ui.notify("no episode of this robot has been seen here yet, so nobody knows which one is meant")
+            return
+        episode = self._shown[0] if verdict else ""
         await act(partial(actions.order, self._view, command, self._client, episode))
 
     def delete(self) -> None:

@@ -38,12 +38,15 @@ class Running:
             }
 
 
+MOST_CLIENTS = 32  # whose last pictures are kept: a bridge that is started again has another name by default
+
+
 class OpenEpisodes:
     """Follows `DIRECTORY/open`. Each look reads only what has been written since the last one. Thread-safe."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is that of the log; it need not exist yet."""
-        self._directory = directory / "open"
+    def __init__(self, directory: Path, evaluations: Path | None = None) -> None:
+        """`directory` is that of the log, `evaluations` holds others; they need not exist yet."""
+        self._directory, self._evaluations = directory / "open", evaluations
         self._lock = threading.Lock()
         self._offsets: dict[Path, int] = {}
         self._running: dict[Path, Running] = {}
@@ -53,6 +56,8 @@ class OpenEpisodes:
         """Client -> its newest episode that has begun to act; one that has just ended stays until the next."""
         with self._lock:
             paths = [*self._directory.glob(f"*{SUFFIX}")]
+            if self._evaluations is not None:
+                paths += self._evaluations.glob(f"*/open/*{SUFFIX}")
             self._offsets = {path: self._offsets.get(path, 0) for path in paths}
             for path, running in self._running.items():
                 running.ended = path not in self._offsets
@@ -63,7 +68,10 @@ class OpenEpisodes:
                     self._read_on(path)
             for running in sorted(self._running.values(), key=lambda running: running.start.started_unix_s):
                 if running.decision:
+                    self._newest.pop(running.start.client, None)
                     self._newest[running.start.client] = running
+            while len(self._newest) > MOST_CLIENTS:
+                del self._newest[next(iter(self._newest))]
             return dict(self._newest)
 
     def _read_on(self, path: Path) -> None:

@@ -83,7 +83,7 @@ class RunView:
         self.index = EpisodeIndex(self.run.episodes)
         self.registry = Registry(self.run.registry)
         self.waiting = Shared(self.index.waiting)
-        self.running = OpenEpisodes(self.run.episodes)
+        self.running = OpenEpisodes(self.run.episodes, self.run.evaluations)
         self.status = Shared(self._status)
         self.trainer = Shared(lambda: last_metrics(self.run.metrics))
         self.versions = Shared(self._versions)

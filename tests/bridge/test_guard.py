@@ -324,11 +324,12 @@ def test_a_robot_that_is_being_reset_says_so_whatever_was_ordered() -> None:
 
     def reset() -> None:
         g.guard.pause(True)
+        g.guard.finish("success")  # of the episode before, most likely
         states.append(g.guard.state[0])
         g.robot.reset("t", 0)
 
     g.guard.begin("e1", reset)
-    assert [*states, g.guard.state[0]] == ["resetting", "paused"]
+    assert [*states, g.guard.state[0]] == ["resetting", "paused"] and not g.guard.ending
 
 
 def test_the_runtimes_orders_stop_pause_reset_and_end() -> None:

@@ -85,6 +85,24 @@ def test_an_import_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
     assert [episode.start.seed for episode in demos_in(demos)] == [5, 6, 7]
 
 
+def test_an_episode_in_which_an_import_was_killed_is_imported(tmp_path: Path) -> None:
+    dataset, demos = exported(log_of(tmp_path / "log", 5), tmp_path / "out"), tmp_path / "demos"
+    assert imported(dataset, demos).written == 3
+    index = EpisodeIndex(demos)
+    names = [row.episode for row in index.after(0)]
+    index.close()
+    for path in demos.glob("index.sqlite*"):
+        path.unlink()
+    torn = demos / "done" / f"{names[1]}.ep"
+    content = torn.read_bytes()
+    torn.unlink()
+    (demos / "open" / torn.name).write_bytes(content[: len(content) // 2])
+    assert imported(dataset, demos) == Imported(written=1, there=2, failures=2, tasks={"t": 3})
+    assert imported(dataset, demos).written == 0, "once"
+    statuses = sorted(row.status for row in EpisodeIndex(demos).after(0))
+    assert statuses == ["aborted", "success", "success", "success"]
+
+
 def made(
     path: Path, frames: int = 6, episodes: int = 2, video: bool = False, fps: int = 10, jpeg: bool = False
 ) -> Path:

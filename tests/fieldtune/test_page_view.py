@@ -64,6 +64,22 @@ def test_a_running_episode_is_followed_record_by_record(tmp_path: Path) -> None:
     assert episodes.look()["arm"].start.episode == "b", "the last picture stays"
 
 
+def test_evaluations_are_followed_too_and_not_every_client_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fieldtune.page.running.MOST_CLIENTS", 2)
+    evaluation = tmp_path / "eval" / "3fa9"
+    evaluation.mkdir(parents=True)
+    log_in(evaluation)
+    episodes = OpenEpisodes(tmp_path / "episodes", tmp_path / "eval")
+    for i, client in enumerate(("arm-1", "arm-2", "arm-3")):
+        file = EpisodeFile(evaluation, start(client, client, float(i)))
+        file.write(decision(1, 1))
+        assert client in episodes.look()
+        file.discard()
+    assert list(episodes.look()) == ["arm-2", "arm-3"]
+
+
 def test_half_a_record_is_read_when_the_rest_has_come(tmp_path: Path) -> None:
     log_in(tmp_path)
     header, payload = frame(decision(1, 50))

@@ -238,6 +238,7 @@ def test_a_verdict_is_for_the_episode_that_it_names_and_for_no_other(scene: Call
     s.robot.end(s.robot.observation(s.spec), "failure")
     assert s.operate("success") == (), "no episode is open"
     s.robot.next()
+    assert s.operate("success") == (), "it has not begun: the word is for the one before"
     assert s.operate("success", episode=over) == ()
     assert s.bridge.beat().end == ""
     assert s.operate("success", episode=s.robot.episode) == ("arm",)

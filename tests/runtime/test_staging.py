@@ -367,6 +367,20 @@ def test_a_live_version_that_changes_while_a_candidate_is_judged_is_not_its_meas
     assert scene.stages(better)[-1] == "rejected"
 
 
+def test_a_candidate_that_somebody_promotes_while_it_is_judged_stays_live(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def promoted(*_: Any) -> Any:
+        newest = scene.registry.list()[-1].version
+        scene.staging.govern("promote", newest, "Ada")
+        return []
+
+    monkeypatch.setattr("runtime.staging.gate_episodes", promoted)
+    candidate = scene.announce(0.12)
+    assert scene.staging().version == candidate
+    assert scene.stages(candidate) == ["candidate", "live"]
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 
