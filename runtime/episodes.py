@@ -32,7 +32,7 @@ from runtime.recovery import recover
 CLOSE_TIMEOUT_S = 30.0
 CLOSED = "the log is closed"
 WRITER_DIED = "the log's writer has died; restart the runtime"
-PROBLEMS_SHOWN = 5  # of those that were found when the log was opened
+PROBLEMS_SHOWN = 20  # of those that were found when the log was opened
 RECORD_OVERHEAD_BYTES = 200  # counted for each waiting record besides its tensors
 COMMIT_AFTER_S = 0.02  # ended episodes wait no longer than this for others to share their commit
 GATHER_S = 0.05

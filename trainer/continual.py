@@ -75,6 +75,8 @@ def train(
     a person should know. Raises `ClaimedError` where another process trains this run, `TrainingError`,
     `CheckpointError`, `BundleError`, `RatioError`.
     """
+    if config.tensorboard:
+        require_tensorboard()
     torch.set_num_threads(config.threads)
     run.trainer.mkdir(parents=True, exist_ok=True)
     # Two trainers would learn from the same episodes and overwrite each other's checkpoint.
@@ -107,8 +109,6 @@ class ContinualTrainer:
         warn: Callable[[str], None],
     ) -> None:
         """Resume from the checkpoint, or start from the live version; announce a version that is not live yet."""
-        if config.tensorboard:
-            require_tensorboard()
         self._run, self._config = run, config
         self._stop, self._warn = stop, warn
         self._tasks = config.post_trained(spec)

@@ -118,7 +118,7 @@ def test_what_the_runtime_counted(status: Status) -> None:
     assert got["fieldtune_log_written_bytes_total"] == status.log["written_bytes"] > 0
     assert got["fieldtune_recent_episodes"] == 2
     assert (got["fieldtune_recent_success_ratio"], got["fieldtune_recent_steps_to_success"]) == (0.5, 3.0)
-    robots = {"idle": 0, "driving": 0, "paused": 0, "holding": 1, "stopping": 0, "stopped": 0}
+    robots = {"idle": 0, "resetting": 0, "driving": 0, "paused": 0, "holding": 1, "stopping": 0, "stopped": 0}
     assert found["fieldtune_robots"] == one("state", robots)
     assert got["fieldtune_stopped"] == 0
     assert not any(name.startswith(("fieldtune_canary", "fieldtune_trainer", "fieldtune_pinned")) for name in got)

@@ -171,7 +171,8 @@ def test_the_log_in_the_message_is_only_its_end(make: Make) -> None:
 
 
 def test_a_process_whose_terminal_is_gone_stops_in_order_unless_it_was_to_outlive_it(make: Make) -> None:
-    child, kept = make(OBEDIENT, "child"), make("import signal; signal.signal(1, signal.SIG_IGN)" + OBEDIENT, "kept")
+    began = "import signal; signal.signal(signal.SIGHUP, signal.{})"  # whatever these tests were started with
+    child, kept = make(began.format("SIG_DFL") + OBEDIENT), make(began.format("SIG_IGN") + OBEDIENT, "kept")
     for each in (child, kept):
         each.start()
         up(each)

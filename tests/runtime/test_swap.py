@@ -322,7 +322,7 @@ def test_a_pinned_version_is_served_without_being_live_and_takes_no_other(
 
 
 def test_an_empty_run_says_what_to_do(run: RunDir) -> None:
-    with pytest.raises(BundleError, match="fieldtune sft"):
+    with pytest.raises(BundleError, match="`fieldtune up` or `sft`"):
         live(run)
 
 

@@ -218,7 +218,7 @@ def test_other_settings_start_anew(tmp_path: Path, demos: Path) -> None:
 
 
 def test_a_run_without_demonstrations_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SFTError, match="no demonstration of 'reach'; run `fieldtune demos` first"):
+    with pytest.raises(SFTError, match="no demonstration of 'reach'; `fieldtune demos` makes some"):
         train(RunDir(tmp_path))
 
 
