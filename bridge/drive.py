@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -97,9 +96,14 @@ def drive(
     try:
         while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
             if welcome is None:
-                # Started anew by whoever looks after it, a robot that is stopped would forget that.
-                patience_s = math.inf if guard.stopped else config.give_up_after_s
-                welcome = retry_hello(client, backend.spec, give_up_after_s=patience_s, stopped=stopped)
+                try:
+                    welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
+                except SilentError as error:
+                    if not guard.stopped:
+                        raise
+                    # Started anew by whoever looks after it, a robot that is stopped would forget that.
+                    warn(f"{error}; the robot is stopped, so this goes on")
+                    continue
                 if welcome is None:
                     break
                 if config.merge == "prefix" and not welcome.prefix_steps:

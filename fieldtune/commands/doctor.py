@@ -285,18 +285,17 @@ def check_deployment(config: str, overrides: tuple[str, ...]) -> Iterator[Check]
         cameras = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in spec.cameras) or "no camera"
         found = f"{spec.name}: {cameras}, {len(spec.action.names)} actions at {spec.control_hz:g} Hz"
         yield Check("backend", "ok", f"{found}, {len(spec.instructions)} tasks")
-    yield check_policy(deployment)
+        yield check_policy(deployment, scripted=isinstance(backend, HasExpert))
     yield check_endpoint(deployment)
     yield check_disk(deployment)
 
 
-def check_policy(deployment: Deployment) -> Check:
-    """A version is live, or there are demonstrations to make one from."""
+def check_policy(deployment: Deployment, *, scripted: bool) -> Check:
+    """A version is live, or there are demonstrations to make one from, or a scripted expert makes them."""
     run = RunDir(deployment.run_dir)
     try:
         live = Registry(run.registry).live()
         demos = EpisodeIndex(run.demos).count(status="success")
-        scripted = isinstance(make_backend(deployment.backend), HasExpert)
     except FieldtuneError as error:
         return Check("policy", "note", f"cannot be looked for: {error}")
     if live is not None:

@@ -140,7 +140,7 @@ def announce(deployment: Deployment, path: Path) -> None:
         try:
             with connect(deployment, "trainer", ANNOUNCE_TIMEOUT_S) as client:
                 client.request(GetStatus(), StatusReply)
-                # It answers when it has judged, which must not be asked for twice.
+                # It answers when it has judged; asked again before that, it would judge twice.
                 client.request(Announce(path=str(path.resolve())), Serving, timeout_s=JUDGED_S)
                 return
         except SilentError as error:

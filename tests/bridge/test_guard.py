@@ -261,34 +261,8 @@ def test_a_stop_just_before_a_reset_is_repeated_until_that_has_ended() -> None:
     assert g.robot.calls.count("stop") == stops == 3
 
 
-def test_an_action_that_was_under_way_at_the_stop_is_followed_by_another_stop() -> None:
-    applying, go = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        applying.set()
-        assert go.wait(ENOUGH_S)
-
-    g = Guarded(Robot(on={"apply": hang}))
-    g.begin()
-    raised = threading.Event()
-
-    def loop() -> None:
-        with pytest.raises(StoppedError):
-            g.guard.apply(STILL)
-        raised.set()
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    assert applying.wait(ENOUGH_S)
-    g.guard.stop("a hand")
-    go.set()
-    assert raised.wait(ENOUGH_S)
-    thread.join(ENOUGH_S)
-    assert g.robot.calls == ["apply", "stop", "stop"]
-
-
-@pytest.mark.parametrize("who", ["loop", "dead-man"])
-def test_a_hold_that_was_under_way_at_the_stop_is_followed_by_another_stop(who: str) -> None:
+@pytest.mark.parametrize("what", ["action", "hold", "hold of the dead-man"])
+def test_what_was_under_way_at_the_stop_is_followed_by_another_stop(what: str) -> None:
     applying, go = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -299,16 +273,16 @@ def test_a_hold_that_was_under_way_at_the_stop_is_followed_by_another_stop(who: 
     g.begin()
     done = threading.Event()
 
-    def hold() -> None:
-        if who == "loop":
-            with pytest.raises(StoppedError):
-                g.guard.hold()
-        else:
+    def send() -> None:
+        if what == "hold of the dead-man":
             g.clock.work(1.0)
             g.guard.tick()
+        else:
+            with pytest.raises(StoppedError):
+                g.guard.apply(STILL) if what == "action" else g.guard.hold()
         done.set()
 
-    thread = threading.Thread(target=hold)
+    thread = threading.Thread(target=send)
     thread.start()
     assert applying.wait(ENOUGH_S)
     g.guard.stop("a hand")

@@ -159,6 +159,16 @@ def test_a_silent_session_is_closed_and_its_episode_aborted(serve: Any, point: B
     assert refused(lambda: robot.infer(robot.observation(point.spec))).code == "session"
 
 
+def ask_in_vain(robot: Any, policy: Any, point: Backend) -> None:
+    """Ask for a chunk that the policy thinks about until its gate is set, and forget it."""
+    policy.gate.clear()
+    policy.waiting.clear()
+    infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
+    late = robot.client.post(infer, robot.observation(point.spec))
+    assert policy.waiting.wait(ENOUGH_S)
+    robot.client.forget(late)
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_an_episode_that_is_given_up_says_why_and_what_was_executed(
     serve: Any, point: Backend, fake_policy: Any, waiting: bool
@@ -169,12 +179,7 @@ def test_an_episode_that_is_given_up_says_why_and_what_was_executed(
     robot.next()
     robot.infer(robot.observation(point.spec))
     if waiting:
-        policy.gate.clear()
-        policy.waiting.clear()
-        infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
-        late = robot.client.post(infer, robot.observation(point.spec))
-        assert policy.waiting.wait(ENOUGH_S)
-        robot.client.forget(late)
+        ask_in_vain(robot, policy, point)
     robot.executed(3)
     assert refused(lambda: robot.end(robot.observation(point.spec), "aborted")).field == "tensors"
     stored = robot.end({}, "aborted", reason="the camera is gone")
@@ -195,13 +200,7 @@ def test_a_chunk_that_is_ready_while_its_given_up_episode_is_stored_harms_nobody
     robot = serving.robot(point.spec)
     robot.next()
     robot.infer(robot.observation(point.spec))
-    policy.gate.clear()
-    policy.waiting.clear()
-    late = robot.client.post(
-        Infer(session=robot.welcome.session, episode=robot.episode, step=0), robot.observation(point.spec)
-    )
-    assert policy.waiting.wait(ENOUGH_S)
-    robot.client.forget(late)
+    ask_in_vain(robot, policy, point)
     ending, disk, sync = threading.Event(), threading.Event(), os.fsync
 
     def slow(descriptor: int) -> None:
