@@ -305,6 +305,18 @@ def test_a_running_deployment(
 
 
 @pytest.mark.slow
+def test_what_a_runtime_has_not_judged_yet_is_not_made_live_beside_it(
+    served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(served)
+    monkeypatch.setattr("fieldtune.commands.policies.JUDGED_S", 1e-4)
+    registry = Registry(RunDir(served / "runs/point").registry)
+    assert run(["policies", "add", "point", f"runs/point/policies/{registry.live()}"]) == 1
+    assert "no answer to Announce" in " ".join(capsys.readouterr().err.split())
+    assert all(change.why != "added by hand" for change in registry.history())
+
+
+@pytest.mark.slow
 def test_an_evaluation_beside_a_running_deployment(served: Path) -> None:
     done = fieldtune("eval", "point", "--episodes", "2", "--json", cwd=served)
     assert one_object(done.stdout)["overall"]["n"] == 2

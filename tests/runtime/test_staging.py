@@ -23,6 +23,7 @@ from runtime.config import DeployConfig, GateRule
 from runtime.drift import DriftRule
 from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
 from runtime.episodes import EpisodeLog
+from runtime.policy import Policy
 from runtime.records import tensor_records
 from runtime.registry import Registry, RegistryError
 from runtime.rundir import RunDir
@@ -379,6 +380,31 @@ def test_a_candidate_that_somebody_promotes_while_it_is_judged_stays_live(
     candidate = scene.announce(0.12)
     assert scene.staging().version == candidate
     assert scene.stages(candidate) == ["candidate", "live"]
+
+
+def test_an_old_version_that_is_announced_again_keeps_its_bundle(scene: Scene) -> None:
+    old, *others = [scene.announce(0.11 + 0.01 * i) for i in range(4)]
+    scene.staging._live._keep = 1
+    scene.staging.announce(scene.run.path / "new" / old)
+    assert scene.staging.standing()["candidate"] == old and (scene.run.policies / old).is_dir()
+    assert not (scene.run.policies / others[0]).exists(), "the others may go"
+
+
+def test_a_canary_that_goes_on_decides_with_the_threads_of_the_live_version(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = scene.announce(0.11)
+    threads: dict[str, int] = {}
+    load = Policy.load
+
+    def noted(path: Path, *, threads_of: dict[str, int] = threads, **options: Any) -> Policy:
+        threads_of[path.name] = options.get("threads", 1)
+        return load(path, **options)
+
+    monkeypatch.setattr(Policy, "load", noted)
+    live = Live(scene.run, threads=2, keep_versions=20)
+    Staging(scene.run, live, CONFIG, horizon_steps=HORIZON_STEPS, warn=scene.said.append)
+    assert threads == {scene.first: 2, candidate: 2}
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
