@@ -62,7 +62,8 @@ def content(directory: Path, per_task: int, task: str = "reach") -> list[tuple[i
     """Seeds and actions of the demonstrations, which are in the log in order of their seeds and nowhere else."""
     index = EpisodeIndex(directory)
     rows = demo_rows(index, task, DemosConfig(per_task=per_task, first_seed=3))
-    assert [row.seed for row in rows] == [row.seed for row in index.after(0) if row.task == task][:per_task]
+    stored = [row.seed for row in index.after(0) if row.task == task and row.status == "success"]
+    assert [row.seed for row in rows] == stored[:per_task]
     assert not list((directory / "open").iterdir())
     return [(row.seed, [d.sent[0].tolist() for d in read_episode(index.path(row)).decisions]) for row in rows]
 
@@ -182,6 +183,23 @@ def test_a_lost_worker_is_an_error_and_the_log_goes_on(
     collect(tmp_path, 9)
     collect(tmp_path / "whole", 9)
     assert content(tmp_path, 9) == content(tmp_path / "whole", 9)
+
+
+def test_a_demonstration_that_a_kill_has_torn_is_made_again(tmp_path: Path) -> None:
+    directory = tmp_path / "torn"
+    collect(directory, 5)
+    index = EpisodeIndex(directory)
+    last = index.path(index.after(0)[-1])
+    index.close()
+    for path in directory.glob("index.sqlite*"):
+        path.unlink()
+    whole = last.read_bytes()
+    last.unlink()
+    (directory / "open" / last.name).write_bytes(whole[: len(whole) // 2])
+    collect(directory, 7)
+    collect(tmp_path / "whole", 7)
+    assert content(directory, 7) == content(tmp_path / "whole", 7)
+    assert EpisodeIndex(directory).count(status="aborted") == 1
 
 
 @pytest.mark.parametrize("end", ["control-c", "kill -9"])
