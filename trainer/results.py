@@ -7,21 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.durable import write_atomic
-from trainer.results_data import Contestant
+from trainer.results_data import Contestant, ResultsError
 from trainer.results_page import render
 from trainer.results_plots import draw
+from trainer.results_record import write_record
 
 
 def write_results(contestants: Sequence[Contestant], page: Path) -> Path:
-    """Write `page` and, in `pictures/` beside it, its pictures; returns the page's path."""
+    """Write `page` and beside it `pictures/` and, in `records/`, what it was made from; returns the page's path.
+
+    Raises `ResultsError` if two runs have the same name.
+    """
+    names = [contestant.run.name for contestant in contestants]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ResultsError(f"two of the runs are named {', '.join(twice)}; name each run once")
     groups = grouped(contestants)
     pictures: dict[str, dict[str, str]] = {}
     for title, group in groups.items():
         stem = f"{page.stem}-{group[0].run.demos_per_task}"
         drawn = draw(group, page.parent / "pictures", stem)
         pictures[title] = {caption: os.path.relpath(path, page.parent) for caption, path in drawn.items()}
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, render(groups, pictures).encode())
+    records = [write_record(contestant, page.parent / "records") for contestant in contestants]
+    files = [os.path.relpath(path, page.parent) for path in records]
+    write_atomic(page, render(groups, pictures, files).encode())
     return page
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,16 @@ class Cost(Struct, frozen=True):
         return None if any(part is None for part in parts) else sum(part for part in parts if part is not None)
 
 
+class TrainingEpisode(Struct, frozen=True, array_like=True):
+    """One episode of the exploring policy."""
+
+    task: str
+    success: bool
+    steps: int
+    hours: float
+    """From the start of the first training episode to the end of this one, less the pauses of the trainer's clock."""
+
+
 class HeldOut(Struct, frozen=True):
     """The evaluations of both versions under a variant, such as instructions that were never trained on."""
 
@@ -65,7 +75,6 @@ class RunResults(Struct, frozen=True):
     """One run."""
 
     name: str
-    path: str
     deployment: dict[str, Any]
     environment: Environment | None
     """None for a run that did not note it."""
@@ -80,8 +89,8 @@ class RunResults(Struct, frozen=True):
     """Evaluations on the goals that both were tried on."""
     held_out: tuple[HeldOut, ...]
     cost: Cost
-    rows: tuple[EpisodeRow, ...]
-    """Training episodes, in order."""
+    training: tuple[TrainingEpisode, ...]
+    """In the order in which they were stored."""
     cameras: tuple[str, ...]
     """What the policy sees: name and size of each."""
     metrics: tuple[dict[str, Any], ...]
@@ -136,7 +145,6 @@ def read_run(path: Path) -> RunResults:
     rows = training_rows(run)
     return RunResults(
         name=str(deployment["name"]),
-        path=path.as_posix(),
         deployment=deployment,
         environment=load_environment(run),
         demos_per_task=max(demonstrations.values(), default=0),
@@ -154,7 +162,10 @@ def read_run(path: Path) -> RunResults:
             episodes=len(rows),
             decisions=_decisions(rows, versions, metrics),
         ),
-        rows=tuple(rows),
+        training=tuple(
+            TrainingEpisode(row.task, row.status == "success", row.steps, round(hours, 6))
+            for row, hours in zip(rows, training_hours(rows, metrics), strict=True)
+        ),
         cameras=_cameras(run, first.version),
         metrics=tuple(metrics),
         unfinished=tuple(unfinished),
@@ -174,16 +185,16 @@ def on_goals(evaluation: Evaluation, goals: Iterable[Goal]) -> Evaluation:
     )
 
 
-def training_hours(run: RunResults) -> list[float]:
+def training_hours(rows: Sequence[EpisodeRow], metrics: Sequence[dict[str, Any]]) -> list[float]:
     """Hours from the start of the first training episode to the end of each, less the pauses of the trainer's clock."""
-    if not run.rows:
+    if not rows:
         return []
-    ends = np.array([row.ended_unix_s for row in run.rows])
-    clock = np.array([(line["unix_s"], 60 * line["minutes"]) for line in run.metrics if "unix_s" in line])
+    ends = np.array([row.ended_unix_s for row in rows])
+    clock = np.array([(line["unix_s"], 60 * line["minutes"]) for line in metrics if "unix_s" in line])
     if len(clock):
         since = clock - clock[0]
         ends = ends - np.interp(ends, clock[:, 0], since[:, 0] - since[:, 1])
-    return [float(hours) for hours in (ends - run.rows[0].started_unix_s) / 3600]
+    return [float(hours) for hours in (ends - rows[0].started_unix_s) / 3600]
 
 
 def made_in(version: VersionRow) -> str:

@@ -21,8 +21,10 @@ UNITS: dict[str, Callable[[float], str]] = {
 }
 
 
-def render(groups: Mapping[str, Group], pictures: Mapping[str, Mapping[str, str]]) -> str:
-    """The page; `groups` are runs by their title, `pictures` for each title the path of each picture by its caption."""
+def render(groups: Mapping[str, Group], pictures: Mapping[str, Mapping[str, str]], records: Sequence[str]) -> str:
+    """The page; `groups` are runs by their title, `pictures` for each title the path of each picture by its caption,
+    `records` the paths of what the page was made from.
+    """
     runs = [run for group in groups.values() for run in group]
     parts = [
         "# Results",
@@ -37,7 +39,7 @@ def render(groups: Mapping[str, Group], pictures: Mapping[str, Mapping[str, str]
         parts += [
             f"![{PurePosixPath(path).stem}]({path})\n\n*{caption}*" for caption, path in pictures.get(title, {}).items()
         ]
-    parts += ["## The kinematic bound", _bound(runs), "## What ran", _facts(runs)]
+    parts += ["## The kinematic bound", _bound(runs), "## What ran", _facts(runs), _records(records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -270,6 +272,14 @@ def _facts(runs: Group) -> str:
     rows = [[", ".join(names), *facts] for facts, names in alike.items()]
     return _markdown(["runs", "computer", "simulators", "libraries", "seeds of training goals"], rows) + (
         "\n\nVersions in full:\n\n" + "\n".join(_hashes(run.run) for run in runs)
+    )
+
+
+def _records(records: Sequence[str]) -> str:
+    links = ", ".join(f"[{PurePosixPath(path).name}]({path})" for path in records)
+    return (
+        f"Every trial, training episode and line of the trainer's metrics: {links}. `fieldtune report` takes these "
+        "files as it takes runs, with others beside them."
     )
 
 

@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 from msgspec import Struct
 
-from runtime.index import EpisodeRow
-from trainer.results_data import Contestant, RunResults, training_hours
+from trainer.results_data import Contestant, RunResults, TrainingEpisode
 from trainer.results_table import bound_mean
 from trainer.statistics import Evaluation, mean_interval, wilson
 
@@ -36,15 +35,15 @@ class Window(Struct, frozen=True):
     high: float
 
 
-def windows(rows: Sequence[EpisodeRow], x: Sequence[float], kind: Kind, count: int) -> list[Window]:
+def windows(episodes: Sequence[TrainingEpisode], x: Sequence[float], kind: Kind, count: int) -> list[Window]:
     """The figure of up to `count` equal stretches of the episodes: success (Wilson) or mean steps of the successes
     (bootstrap). `x[i]` is where episode i ends. A stretch has ten episodes or more; one without success has no steps.
     """
-    size = max(10, -(-len(rows) // count))
+    size = max(10, -(-len(episodes) // count))
     found = []
-    for start in range(0, len(rows) - size + 1, size):
-        part = rows[start : start + size]
-        won = [row.steps for row in part if row.status == "success"]
+    for start in range(0, len(episodes) - size + 1, size):
+        part = episodes[start : start + size]
+        won = [episode.steps for episode in part if episode.success]
         end = x[start + size - 1]
         if kind == "success":
             found.append(Window(end, len(won) / size, *wilson(len(won), size)))
@@ -57,10 +56,10 @@ def windows(rows: Sequence[EpisodeRow], x: Sequence[float], kind: Kind, count: i
 
 def draw(group: Sequence[Contestant], directory: Path, stem: str) -> dict[str, Path]:
     """Write the pictures of the runs of one set of demonstrations into `directory`; returns caption -> file."""
-    runs = [contestant.run for contestant in group if contestant.run.rows]
+    runs = [contestant.run for contestant in group if contestant.run.training]
     if not runs:
         return {}
-    tasks = list(dict.fromkeys(row.task for run in runs for row in run.rows))
+    tasks = list(dict.fromkeys(episode.task for run in runs for episode in run.training))
     beside = "Grey: the scripted expert" + (", red: the kinematic bound." if group[0].bound else ".")
     pictures: list[tuple[str, str, Figure]] = [
         (
@@ -97,7 +96,7 @@ def _curves(group: Sequence[Contestant]) -> Figure:
             run = contestant.run
             x = _position(run, by)
             if x:
-                _band(panel, windows(run.rows, x, kind, OVERALL_WINDOWS), colour, f"seed {run.seed}")
+                _band(panel, windows(run.training, x, kind, OVERALL_WINDOWS), colour, f"seed {run.seed}")
         _references(panel, group[0], kind, None)
         _label(panel, kind, by)
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -115,8 +114,8 @@ def _by_task(group: Sequence[Contestant], tasks: Sequence[str], kind: Kind, by: 
             continue
         for contestant, colour in zip(group, itertools.cycle(COLOURS), strict=False):
             run = contestant.run
-            own = [(row, x) for row, x in zip(run.rows, _position(run, by), strict=True) if row.task == task]
-            found = windows([row for row, _ in own], [x for _, x in own], kind, TASK_WINDOWS)
+            own = [pair for pair in zip(run.training, _position(run, by), strict=True) if pair[0].task == task]
+            found = windows([episode for episode, _ in own], [x for _, x in own], kind, TASK_WINDOWS)
             _band(panel, found, colour, f"seed {run.seed}")
         _references(panel, group[0], kind, task)
         panel.set_title(task.removesuffix("-v3"), fontsize=9, loc="left")
@@ -223,8 +222,8 @@ def _references(panel: Axes, contestant: Contestant, kind: Kind, task: str | Non
 def _position(run: RunResults, by: Axis) -> list[float]:
     """Environment steps, or hours, at the end of each training episode."""
     if by == "hours":
-        return training_hours(run)
-    return [float(steps) for steps in itertools.accumulate(row.steps for row in run.rows)]
+        return [episode.hours for episode in run.training]
+    return [float(steps) for steps in itertools.accumulate(episode.steps for episode in run.training)]
 
 
 def _mean(by_task: dict[str, float]) -> float:

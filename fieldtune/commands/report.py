@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import tyro
@@ -19,6 +19,9 @@ from trainer.evaluate import load_evaluation
 from trainer.report import write_report
 from trainer.statistics import Evaluation
 
+if TYPE_CHECKING:
+    from trainer.results_data import Contestant
+
 Runs = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
     tyro.conf.arg(metavar="RUN ...", help="configurations, or directories of runs such as runs/NAME"),
@@ -31,24 +34,27 @@ def report(runs: Runs, /, *, overrides: Set = (), results: Path | None = None, a
     The first version and the live version must have been evaluated (`fieldtune up` and `fieldtune eval` do that).
     With --results several runs (seeds, sets of demonstrations) become one page: means over seeds with intervals, SFT,
     post-trained and scripted expert on the same goals, what it cost. Runs that are not finished are shown as they are.
+    What the page is made from is kept in `records/` beside it, in a small file for each run. Such a file can be named
+    in place of its run, when that is deleted or on another computer.
 
     Examples:
       fieldtune report quickstart
       fieldtune report runs/mt10-seed0 runs/mt10-seed1 runs/mt10-seed2 --results docs/results.md
+      fieldtune report docs/records/mt10-seed0.json.gz runs/mt10-seed3 --results docs/results.md
 
     Args:
-        results: write this Markdown page instead, with pictures in `pictures/` beside it
+        results: write this Markdown page instead, with `pictures/` and `records/` beside it
     """
     if not runs:
         raise ConfigError("no run was named; expected configurations or directories of runs")
-    deployments = [find_run(name, overrides) for name in runs]
     if results is not None:
-        page = make_results(deployments, results, quiet=as_json)
+        page = make_results(runs, overrides, results, quiet=as_json)
         if as_json:
             print_json({"results": str(page)})
         else:
             out.print(f"results: {page}")
         return 0
+    deployments = [find_run(name, overrides) for name in runs]
     codes = [single(name, deployment, as_json) for name, deployment in zip(runs, deployments, strict=True)]
     return max(codes)
 
@@ -97,20 +103,25 @@ def make_report(deployment: Deployment, before: Evaluation, after: Evaluation) -
     return page, msgspec.json.decode((run.path / "report.json").read_bytes())
 
 
-def make_results(deployments: list[Deployment], page: Path, *, quiet: bool) -> Path:
-    """Write the page of several runs, after the expert has tried their goals where it has not yet."""
-    from trainer.expert import bound_of, evaluate_expert
+def make_results(runs: tuple[str, ...], overrides: tuple[str, ...], page: Path, *, quiet: bool) -> Path:
+    """Write the page of several runs, each a configuration, a directory or a record."""
     from trainer.results import write_results
+    from trainer.results_record import SUFFIX, read_record
+
+    # All mistakes before any work.
+    found = [read_record(Path(name)) if name.endswith(SUFFIX) else find_run(name, overrides) for name in runs]
+    return write_results([contend(one, quiet) if isinstance(one, Deployment) else one for one in found], page)
+
+
+def contend(deployment: Deployment, quiet: bool) -> Contestant:
+    """The results of a run, after the expert has tried its goals where it has not yet."""
+    from trainer.expert import bound_of, evaluate_expert
     from trainer.results_data import Contestant, read_run
 
-    contestants = []
-    for deployment in deployments:
-        run = run_dir(deployment)
-        found = read_run(run.path)
-        expert = bound = None
-        if found.goals:
-            with progress_bar(f"expert on the goals of {found.name}", quiet=quiet) as advance:
-                expert = evaluate_expert(run, deployment.backend, found.goals, deployment.bridge.horizon_steps, advance)
-            bound = bound_of(run, deployment.backend, found.goals)
-        contestants.append(Contestant(found, expert, bound))
-    return write_results(contestants, page)
+    run = run_dir(deployment)
+    found = read_run(run.path)
+    if not found.goals:
+        return Contestant(found, None, None)
+    with progress_bar(f"expert on the goals of {found.name}", quiet=quiet) as advance:
+        expert = evaluate_expert(run, deployment.backend, found.goals, deployment.bridge.horizon_steps, advance)
+    return Contestant(found, expert, bound_of(run, deployment.backend, found.goals))

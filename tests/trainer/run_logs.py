@@ -28,6 +28,7 @@ EPISODE_S = 0.5
 
 def trial_row(task: str, seed: int, success: bool, steps: int, number: int = 0, *, explore: bool = True) -> EpisodeRow:
     """An episode's row; `number` places it in time."""
+    steps = steps if success else HORIZON
     return EpisodeRow(
         seq=0,
         episode=f"{task}-{seed}-{number}",
@@ -37,7 +38,7 @@ def trial_row(task: str, seed: int, success: bool, steps: int, number: int = 0, 
         source="policy",
         explore=explore,
         status="success" if success else "timeout",
-        steps=steps if success else HORIZON,
+        steps=steps,
         decisions=-(-steps // 8),
         versions=(FIRST,),
         client="test",

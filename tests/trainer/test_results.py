@@ -1,7 +1,9 @@
 """The results of several runs: the figures are those of the logs, for three seeds, for one, and for unfinished runs."""
 
+import gzip
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from runtime.rundir import RunDir
 from trainer.evaluate import load_evaluation
 from trainer.expert import bound_of, evaluate_expert
 from trainer.results import grouped, write_results
-from trainer.results_data import Contestant, ResultsError, read_run, training_hours
+from trainer.results_data import Contestant, ResultsError, TrainingEpisode, read_run, training_hours
 from trainer.results_page import render
 from trainer.results_plots import windows
 from trainer.results_table import headline, verdict
@@ -79,18 +81,18 @@ def test_the_headline_is_the_mean_over_seeds(three: list[Contestant]) -> None:
 
 def test_what_a_run_cost(three: list[Contestant]) -> None:
     run = three[0].run
-    assert run.cost.env_steps == sum(row.steps for row in run.rows) and run.cost.episodes == 400
-    assert run.cost.decisions == sum(row.decisions for row in run.rows) - 8 * 3
-    hours = training_hours(run)
-    assert hours[0] == pytest.approx(EPISODE_S / 3600) and hours[-1] == pytest.approx(400 * EPISODE_S / 3600)
+    assert run.cost.env_steps == sum(episode.steps for episode in run.training) and run.cost.episodes == 400
+    assert run.cost.decisions == sum(-(-episode.steps // 8) for episode in run.training) - 8 * 3
+    hours = [episode.hours for episode in run.training]
+    assert [hours[0], hours[-1]] == pytest.approx([EPISODE_S / 3600, 400 * EPISODE_S / 3600], abs=1e-6)
     # An hour's pause after the fourth iteration is on the clock of the wall, not on the trainer's.
-    late = run.rows[200].ended_unix_s - EPISODE_S / 2
-    paused = replace(
-        run,
-        rows=tuple(replace(r, ended_unix_s=r.ended_unix_s + 3600 * (r.ended_unix_s > late)) for r in run.rows),
-        metrics=tuple({**m, "unix_s": m["unix_s"] + 3600 * (m["unix_s"] > late)} for m in run.metrics),
+    rows = [trial_row("reach-v3", i, True, 50, i) for i in range(400)]
+    late = rows[200].ended_unix_s - EPISODE_S / 2
+    paused = training_hours(
+        [replace(row, ended_unix_s=row.ended_unix_s + 3600 * (row.ended_unix_s > late)) for row in rows],
+        [{**line, "unix_s": line["unix_s"] + 3600 * (line["unix_s"] > late)} for line in run.metrics],
     )
-    assert training_hours(paused)[-1] == pytest.approx(hours[-1])
+    assert paused[-1] == pytest.approx(training_hours(rows, run.metrics)[-1]) == pytest.approx(hours[-1], abs=1e-6)
 
 
 def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> None:
@@ -101,7 +103,9 @@ def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> No
         "10 demonstrations a task": ["s0", "s1", "s2"],
         "100 demonstrations a task": ["many"],
     }
-    text = render(grouped(runs), {"100 demonstrations a task": {"A caption.": "pictures/some-name.png"}})
+    text = render(
+        grouped(runs), {"100 demonstrations a task": {"A caption.": "pictures/some-name.png"}}, ["records/s0.json.gz"]
+    )
     small, large = text.split("## 100 demonstrations a task")
     assert "Mean over 3 seeds" in small and "One seed (n = 1)" in large
     assert (
@@ -118,6 +122,7 @@ def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> No
             rf"\| {task} \| 78\.5 \[[\d., ]+\] \| {steps:.1f} \[[\d., ]+\] \| 75\.5 \[[\d., ]+\] \| 40\.0 \|", small
         )
     assert "Held-out instructions" not in small and "| held-out | 0 | - | 0.600 [" in large
+    assert "line of the trainer's metrics: [s0.json.gz](records/s0.json.gz). `fieldtune" in text
     assert "![some-name](pictures/some-name.png)\n\n*A caption.*" in large and "![" not in small
     for version in (FIRST, LAST):
         assert version in text
@@ -131,7 +136,7 @@ def test_success_on_mt50_is_told_by_difficulty_too(tmp_path: Path) -> None:
     very_hard = {task for task, difficulty in DIFFICULTY.items() if difficulty == "very hard"}
     after = evaluation(LAST, {task: [None if task in very_hard else 50] * GOALS for task in MT50})
     make_run(tmp_path / "all", MT50, before, after)
-    text = render(grouped([contestant(tmp_path / "all")]), {})
+    text = render(grouped([contestant(tmp_path / "all")]), {}, [])
     low, high = wilson(0, 5 * GOALS)
     assert f"| very hard (5 tasks) | 0.80 [0.67, 0.89] | 0.00 [{low:.2f}, {high:.2f}] |" in text
     assert "| easy (28 tasks) | 0.80 [" in text and "] | 1.00 [" in text
@@ -150,6 +155,35 @@ def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) 
     assert all((page.parent / picture).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
 
 
+def test_a_page_is_made_again_from_its_records_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks, first, again = ("reach",), tmp_path / "docs" / "results.md", tmp_path / "again" / "results.md"
+    for seed in range(2):
+        after = evaluation(LAST, {"reach": [15 + seed + i % 2 for i in range(GOALS - 1)] + [None]})
+        run = make_run(tmp_path / f"s{seed}", tasks, result(FIRST, 30, tasks=tasks), after, backend="point", seed=seed)
+        store_evaluation(run.evaluation(LAST + "-held_out"), result(LAST, 20, 2, tasks))
+    assert cli.run(["report", str(tmp_path / "s0"), str(tmp_path / "s1"), "--results", str(first)]) == 0
+    shutil.rmtree(tmp_path / "s1")
+    records = sorted((first.parent / "records").iterdir())
+    assert [path.name for path in records] == ["s0.json.gz", "s1.json.gz"]
+    assert cli.run(["report", str(tmp_path / "s0"), str(records[1]), "--results", str(again)]) == 0
+    pages = [re.sub(r"Written \S+ \S+", "", page.read_text(encoding="utf-8")) for page in (first, again)]
+    assert pages[0] == pages[1] and "Mean over 2 seeds" in pages[0]
+    for kind in ("records", "pictures"):
+        files = [{path.name: path.read_bytes() for path in (page.parent / kind).iterdir()} for page in (first, again)]
+        assert files[0] == files[1]
+    capsys.readouterr()
+    # A run and its own record are one run twice; what is no record is not taken for one.
+    assert cli.run(["report", str(tmp_path / "s0"), str(records[0]), "--results", str(again)]) == 1
+    assert "two of the runs are named s0" in capsys.readouterr().err
+    whole = records[0].read_bytes()
+    other = gzip.decompress(whole).replace(b'{"format":1', b'{"format":2', 1)
+    for broken in (b"", whole[:500], b"no gzip", gzip.compress(b"{}"), gzip.compress(other)):
+        records[0].write_bytes(broken)
+        assert cli.run(["report", str(records[0]), "--results", str(again)]) == 1
+        assert f"{records[0]} is " in capsys.readouterr().err
+    assert pages[1] == re.sub(r"Written \S+ \S+", "", again.read_text(encoding="utf-8"))
+
+
 def test_unfinished_runs_say_so(tmp_path: Path) -> None:
     make_run(tmp_path / "early", MT10, result(FIRST, 78), None)
     make_run(tmp_path / "late", MT10, None, result(LAST, 60))
@@ -157,7 +191,7 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
         ("early", "post-training has not made a version"),
         ("late", "the first version is not evaluated"),
     ):
-        text = render(grouped([contestant(tmp_path / name)]), {})
+        text = render(grouped([contestant(tmp_path / name)]), {}, [])
         assert f"- `{name}`: {missing}" in text and "| - |" in text
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ResultsError, match="not a run"):
@@ -167,7 +201,7 @@ def test_unfinished_runs_say_so(tmp_path: Path) -> None:
 def test_a_seed_that_is_behind_is_not_taken_for_the_mean_of_all(tmp_path: Path) -> None:
     make_run(tmp_path / "early", MT10, result(FIRST, 78), None)
     make_run(tmp_path / "late", MT10, result(FIRST, 76), result(LAST, 60), seed=1)
-    text = render(grouped([contestant(tmp_path / name) for name in ("early", "late")]), {})
+    text = render(grouped([contestant(tmp_path / name) for name in ("early", "late")]), {}, [])
     assert "| 1.000 (1 of 2 seeds) | >= 0.930" in text and "| steps over successes | 77" in text
 
 
@@ -175,7 +209,7 @@ def test_evaluations_without_a_goal_in_common_are_no_result(tmp_path: Path) -> N
     make_run(tmp_path / "run", MT10[:1], result(FIRST, 78, tasks=MT10[:1]), result(LAST, 60, tasks=MT10[1:2]))
     found = read_run(tmp_path / "run")
     assert found.before is None and found.after is None and "the 0 common ones count" in " ".join(found.unfinished)
-    assert "No run has been evaluated yet" in render(grouped([contestant(tmp_path / "run")]), {})
+    assert "No run has been evaluated yet" in render(grouped([contestant(tmp_path / "run")]), {}, [])
 
 
 def test_a_version_that_was_only_evaluated_is_not_of_the_run(tmp_path: Path) -> None:
@@ -196,7 +230,7 @@ def test_only_common_goals_count(tmp_path: Path) -> None:
 
 
 def test_windows_of_training() -> None:
-    rows = [trial_row("reach-v3", i, i % 2 == 0, 50 + i, i) for i in range(25)]
+    rows = [TrainingEpisode("reach-v3", i % 2 == 0, 50 + i, 0.1 * i) for i in range(25)]
     x = [float(i) for i in range(25)]
     success = windows(rows, x, "success", 2)
     assert [(w.x, w.y) for w in success] == [(12.0, 7 / 13)] and (success[0].low, success[0].high) == wilson(7, 13)

@@ -1,0 +1,44 @@
+"""A run as the results see it in one small file, `NAME.json.gz`: it outlives the run's directory, and goes beside the
+page, so that anyone can check its figures, and seeds that ran at other times or on other computers come onto one page.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from runtime.durable import write_atomic
+from trainer.results_data import Contestant, ResultsError
+
+FORMAT = 1
+SUFFIX = ".json.gz"
+
+
+class Record(Struct, frozen=True):
+    """Content of the file."""
+
+    format: int
+    contestant: Contestant
+
+
+def write_record(contestant: Contestant, directory: Path) -> Path:
+    """Write the record of a run into `directory`; equal runs make equal files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{contestant.run.name}{SUFFIX}"
+    write_atomic(path, gzip.compress(msgspec.json.encode(Record(FORMAT, contestant)), mtime=0))
+    return path
+
+
+def read_record(path: Path) -> Contestant:
+    """The run in a record. Raises `ResultsError` for what is none."""
+    try:
+        record = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Record)
+    except (OSError, EOFError, zlib.error, msgspec.DecodeError) as error:
+        raise ResultsError(f"{path} is not the record of a run that `fieldtune report` has written: {error}") from None
+    if record.format != FORMAT:
+        raise ResultsError(f"{path} is a record of format {record.format}; this fieldtune reads format {FORMAT}")
+    return record.contestant
