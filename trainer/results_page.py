@@ -70,9 +70,9 @@ def _headline(group: Group) -> str:
     seeds = len(group)
     rows = []
     for line in lines:
-        name = f"{line.name} ({line.note})" if line.note else line.name
-        figures = [_value(figure, line.unit, seeds) for figure in (line.sft, line.post)]
-        rows.append([name, *figures, _goal(line), verdict(line)])
+        sides = ((line.sft, line.sft_note), (line.post, line.post_note))
+        figures = [_value(figure, line.unit, seeds) + (f", {note}" if note else "") for figure, note in sides]
+        rows.append([line.name, *figures, _goal(line), verdict(line)])
     intervals = (
         f"Mean over {seeds} seeds; in brackets Student's 95 % interval of that mean."
         if seeds > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from msgspec import Struct
@@ -36,20 +36,24 @@ class Line(Struct, frozen=True):
     stretch: float | None = None
     at_least: bool = False
     """Whether the goal is reached from below."""
-    note: str = ""
+    sft_note: str = ""
+    post_note: str = ""
 
 
 def headline(group: Sequence[Contestant]) -> list[Line]:
     """The table of the runs of one set of demonstrations. Goals are those of MT10; other tasks have none."""
     evaluations = [found for run in group for found in (run.run.before, run.run.after) if found]
     bound = bound_mean(group[0]) if group else None
-    worst = [_worst(run.run.after)[0] for run in group if run.run.after]
     lines = [
         _line(group, "success, mean of the tasks", "share", _success, 0.93, stretch=0.98, at_least=True),
         _line(group, "steps over successes", "steps", _steps, 48.0, stretch=1.05 * bound if bound else None),
         _ratio_line(group),
         _line(group, "steps, failures counted at the horizon", "steps", _steps_all, 58.0),
-        _line(group, "worst task's success", "share", _worst_success, 0.80, at_least=True, note=_named(worst)),
+        replace(
+            _line(group, "worst task's success", "share", _worst_success, 0.80, at_least=True),
+            sft_note=_worst_tasks(run.run.before for run in group),
+            post_note=_worst_tasks(run.run.after for run in group),
+        ),
         Line(
             "wall-clock of one seed",
             "hours",
@@ -101,10 +105,9 @@ def _line(
     *,
     stretch: float | None = None,
     at_least: bool = False,
-    note: str = "",
 ) -> Line:
     sides = (over_seeds(group, "before", measure), over_seeds(group, "after", measure))
-    return Line(name, unit, *sides, goal, stretch, at_least, note)
+    return Line(name, unit, *sides, goal, stretch, at_least)
 
 
 def _success(evaluation: Evaluation) -> tuple[float | None, Interval | None]:
@@ -131,7 +134,9 @@ def _worst_success(evaluation: Evaluation) -> tuple[float | None, Interval | Non
     return (result.success, result.success_interval) if result else (None, None)
 
 
-def _named(tasks: Sequence[str]) -> str:
+def _worst_tasks(evaluations: Iterable[Evaluation | None]) -> str:
+    """The worst task of each, once."""
+    tasks = [_worst(evaluation)[0] for evaluation in evaluations if evaluation]
     return ", ".join(dict.fromkeys(task.removesuffix("-v3") for task in tasks if task))
 
 

@@ -79,6 +79,14 @@ def test_the_headline_is_the_mean_over_seeds(three: list[Contestant]) -> None:
     assert hours.post.mean == pytest.approx(hours.sft.mean + 400 * EPISODE_S / 3600)
 
 
+def test_the_worst_task_is_named_for_each_side(tmp_path: Path) -> None:
+    before = evaluation(FIRST, {"reach-v3": [None, 50], "push-v3": [60, 60]})
+    after = evaluation(LAST, {"reach-v3": [40, 40], "push-v3": [None, 45]})
+    make_run(tmp_path / "two", ("reach-v3", "push-v3"), before, after)
+    text = render(grouped([contestant(tmp_path / "two")]), {}, [])
+    assert re.search(r"\| worst task's success \| 0\.500 \[.*\], reach \| 0\.500 \[.*\], push \|", text)
+
+
 def test_what_a_run_cost(three: list[Contestant]) -> None:
     run = three[0].run
     assert run.cost.env_steps == sum(episode.steps for episode in run.training) and run.cost.episodes == 400
