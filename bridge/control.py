@@ -124,7 +124,9 @@ class EpisodeLoop:
         status: Status | End = "running"
         reason = ""
         try:
-            guard.begin(assignment.episode, lambda: self.backend.reset(assignment.task, assignment.seed))
+            guard.begin(
+                assignment.episode, lambda: self.backend.reset(assignment.task, assignment.seed), leaving=self.stopped
+            )
             if self.pacer:
                 self.pacer.start()
             while status == "running":
@@ -245,6 +247,8 @@ class EpisodeLoop:
                 if self.asked is not None and self.asked.committed:
                     self.asked.stale = True  # what it was told to be committed was not played
                 sent, rules = guard.hold(), cut
+            elif rules & HELD:
+                sent = guard.hold()
             else:
                 sent, rule = guard.apply(action)
                 rules |= rule

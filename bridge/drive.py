@@ -64,6 +64,7 @@ def drive(
     watcher = Watcher(guard, client.endpoint, client=client.client, keys=client.keys)
     summary = DriveSummary()
     welcome: Welcome | None = None
+    told_by_s = 0.0
     failures = faults = 0
     connected = True
     unstored: deque[tuple[EpisodeReport, Assignment]] = deque()
@@ -96,6 +97,7 @@ def drive(
     try:
         while not stopped() and (episodes is None or summary.episodes + len(unstored) < episodes):
             if welcome is None:
+                watcher.told.clear()
                 try:
                     welcome = retry_hello(client, backend.spec, give_up_after_s=config.give_up_after_s, stopped=stopped)
                 except SilentError as error:
@@ -112,15 +114,21 @@ def drive(
                         "cannot; train one with trainer.vla.prefix_steps, or use `switch` or `blend`"
                     )
                 watcher.session = welcome.session
+                told_by_s = time.monotonic() + client.timeout_s
             driving = False
             try:
+                if not watcher.told.wait(LOOK_S):
+                    # Whether the robot is paused is in a runtime's first orders; it must not go home before.
+                    if time.monotonic() > told_by_s:
+                        raise SilentError(f"{client.endpoint}: no orders in time")
+                    continue
                 if guard.stopped or guard.paused:
                     settle(0)
                     time.sleep(LOOK_S)
                     continue
                 if not connected:
-                    backend.close()
-                    backend.connect()
+                    guard.call(backend.close)
+                    guard.call(backend.connect)
                     connected = True
                 answer, _ = client.ask(NextEpisode(session=welcome.session))
                 if isinstance(answer, NoEpisode):

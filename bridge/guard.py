@@ -2,7 +2,7 @@
 
 `bridge.watch` has the thread that calls `tick` and brings the runtime's orders. It must be able to stop a robot whose
 loop hangs, so each call of the backend in an episode is made under one lock; a stop waits for that lock for half a
-control period and then stops without it.
+control period and then stops without it. The guarding thread itself makes no call but that of `stop`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
-from bridge.backend import Backend, Float32, Observation, Outcome, UInt8
+from bridge.backend import Backend, BackendError, Float32, Observation, Outcome, UInt8
 from bridge.config import SafetyConfig
 from bridge.errors import FieldtuneError
 from bridge.messages import Ending, Orders, RobotState
 from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
 
 SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
+PAUSED_HERE = "at the robot"
+T = TypeVar("T")
 
 
 class StoppedError(FieldtuneError):
-    """The robot is stopped, and stays so until the operator resets it; the message says why."""
+    """The robot was stopped, and its episode does not go on; the message says why."""
 
 
 class Guard:
@@ -60,7 +64,8 @@ class Guard:
         self._safe = True  # whether the backend's stop() has returned since the robot was stopped
         self._why_not_safe = ""
         self._resetting = False
-        self._halted = False  # the episode was stopped; only `begin` lifts that, a reset does not bring it back
+        self._leaving: Callable[[], bool] = lambda: False
+        self._halted = ""  # why the episode was stopped; only `begin` lifts that, a reset does not bring it back
         self._armed = False
         self._episode = ""
         self._paused_here = self._paused_there = False
@@ -69,18 +74,31 @@ class Guard:
 
     # --- for the control loop -------------------------------------------------------------------------------------
 
-    def begin(self, episode: str, reset: Callable[[], None]) -> None:
+    def call(self, method: Callable[..., T], *arguments: object) -> T:
+        """Make a call of the backend. A robot's driver raises what it likes, and all of it is a `BackendError`."""
+        try:
+            return method(*arguments)
+        except FieldtuneError:
+            raise
+        except Exception as error:
+            if not self.paced:
+                raise
+            raise BackendError(f"{self._backend.spec.name}: {type(error).__name__}: {error}") from error
+
+    def begin(self, episode: str, reset: Callable[[], None], leaving: Callable[[], bool] = lambda: False) -> None:
         """Start an episode: `reset` brings the backend to its start. From then on the dead-man watches.
 
-        Raises `StoppedError` if the robot is stopped, or was during the reset.
+        A reset under way is broken off by a stop, and once the worker is `leaving`; then and if the robot is stopped
+        already, raises `StoppedError`.
         """
         with self._latch:
-            self._raise_if_stopped()
-            self._halted = False
+            if self.stopped:
+                raise StoppedError(self.stopped)
+            self._halted, self._leaving = "", leaving
             self._episode, self.ending, self.holding = episode, "", ""
             self._resetting = True
         try:
-            reset()
+            self.call(reset)
         finally:
             self._resetting = False
         self._raise_if_halted()
@@ -94,7 +112,7 @@ class Guard:
         self._mark("reading the observation")
         with self._device:
             self._raise_if_halted()
-            return self._backend.observe()
+            return self.call(self._backend.observe)
 
     def waiting(self) -> None:
         """The loop now waits for the runtime's answer."""
@@ -109,7 +127,7 @@ class Guard:
     def check(self, actions: Float32) -> tuple[Float32, UInt8]:
         """What may be sent of a chunk `[k, d]`; see `SafetyStage.check`."""
         with self._device:
-            return self.stage.check(actions)
+            return self.call(self.stage.check, actions)
 
     def cut(self, observed_s: float) -> int:
         """0, or the bit of the rule by which nothing more of a chunk for an observation of that time is played."""
@@ -122,8 +140,8 @@ class Guard:
         self._mark("sending an action")
         with self._device:
             self._raise_if_halted()
-            action, rule = self.stage.keep_inside(action)
-            sent = np.asarray(self._backend.apply(action), np.float32)
+            action, rule = self.call(self.stage.keep_inside, action)
+            sent = np.asarray(self.call(self._backend.apply, action), np.float32)
             self.stage.sent(action)
         self._stop_again_if_halted()
         self._raise_if_halted()
@@ -132,7 +150,7 @@ class Guard:
     def outcome(self) -> Outcome:
         """The backend's status and reward."""
         with self._device:
-            return self._backend.outcome()
+            return self.call(self._backend.outcome)
 
     def hold(self) -> Float32:
         """Send the hold action in place of a chunk's: what was really sent. Raises `StoppedError`."""
@@ -147,7 +165,7 @@ class Guard:
     @property
     def halted(self) -> bool:
         """Whether the episode was stopped; also after a reset, until the next one begins."""
-        return self._halted
+        return bool(self._halted)
 
     def check_running(self) -> None:
         """Raises `StoppedError` if the episode was stopped."""
@@ -173,9 +191,9 @@ class Guard:
             if self.stopped:
                 return
             # Before anything else: from here on the loop sends nothing.
-            self.stopped, self._halted, self._safe, self._why_not_safe = why, True, False, ""
+            self.stopped, self._halted, self._safe, self._why_not_safe = why, why, False, ""
             self._stop_latched()
-        self._warn(f"stopped: {why}; `fieldtune operator CONFIG reset` lets it go on")
+        self._tell(f"stopped: {why}; `fieldtune operator CONFIG reset` lets it go on")
 
     def reset(self) -> None:
         """Lift a stop. What was stopped does not go on: the robot takes its next episode."""
@@ -183,7 +201,7 @@ class Guard:
             if not self.stopped:
                 return
             self.stopped, self._armed = "", False
-        self._warn("reset by the operator")
+        self._tell("reset by the operator")
 
     def pause(self, paused: bool) -> None:
         """Hold the robot, or let it go on, as the operator at this computer wants."""
@@ -205,12 +223,13 @@ class Guard:
             if self._why_not_safe:
                 return "stopping", f"{self.stopped}; {self._why_not_safe}"
             return "stopped" if self._safe else "stopping", self.stopped
-        if self.holding:
-            return "holding", self.holding
         if self._resetting:
             return "resetting", ""
         if self.paused:
-            return "paused", ""
+            # Also while the runtime is silent: another one takes over what is said here.
+            return "paused", "" if self._paused_there else PAUSED_HERE
+        if self.holding:
+            return "holding", self.holding
         return ("driving" if self._episode else "idle"), ""
 
     # --- for the guarding thread ----------------------------------------------------------------------------------
@@ -234,6 +253,11 @@ class Guard:
                 with self._latch:
                     self._stop_latched()
             return
+        if self._resetting and self._leaving():
+            with self._latch:
+                self._halted = self._halted or "the bridge was told to leave"
+                self._stop_latched()
+            return
         if not self._armed:
             self.holding = ""
             return
@@ -249,17 +273,11 @@ class Guard:
             return
         if not self.holding:
             self.holding = f"{what} for {silent_s:.2f} s"
-            self._warn(f"holding: {self.holding}")
-        if loop_s > SPEAKS_AGAIN_STEPS * self.period_s and self._device.acquire(blocking=False):
-            # With the lock in other hands the backend itself hangs, and only a stop is left.
-            try:
-                if not self._halted:
-                    self._hold()
-            except Exception as error:  # noqa: BLE001 - a backend's own; the stop comes in its time
-                self._warn(f"cannot hold: {error}")
-            finally:
-                self._device.release()
-            self._stop_again_if_halted()
+            self._tell(f"holding: {self.holding}")
+        # With the lock in other hands the backend itself hangs, and only a stop is left.
+        if self._loop_is_silent() and not self._device.locked():
+            # The backend may hang in this very call, and a stop must not wait for it.
+            threading.Thread(target=self._hold_for_the_loop, name="guard", daemon=True).start()
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -269,8 +287,25 @@ class Guard:
             self._loop_s = self.clock()
             self._doing = doing
 
+    def _loop_is_silent(self) -> bool:
+        return self.clock() - self._loop_s > SPEAKS_AGAIN_STEPS * self.period_s
+
+    def _hold_for_the_loop(self) -> None:
+        """Send one hold action, unless the loop speaks again. The lock lets in one at a time."""
+        if not self._device.acquire(blocking=False):
+            return
+        try:
+            if self._armed and not self._halted and self._loop_is_silent():
+                self._hold()
+        except Exception as error:  # noqa: BLE001 - a backend's own; the stop comes in its time
+            self._tell(f"cannot hold: {error}")
+        finally:
+            self._device.release()
+        self._stop_again_if_halted()
+
     def _hold(self) -> Float32:
-        sent = np.asarray(self._backend.apply(self.stage.hold_action()), np.float32)
+        action = self.call(self.stage.hold_action)
+        sent = np.asarray(self.call(self._backend.apply, action), np.float32)
         self.stage.restart()
         return sent
 
@@ -299,17 +334,18 @@ class Guard:
             self._stop_backend()
         except Exception as error:  # noqa: BLE001 - a backend's own; whatever it is, the next tick tries again
             if not self._why_not_safe:
-                self._warn(f"cannot stop, trying again: {error}")
+                self._tell(f"cannot stop, trying again: {error}")
             self._why_not_safe = f"cannot stop: {error}"
         else:
             if self._why_not_safe:
-                self._warn("stopped now")
+                self._tell("stopped now")
             self._safe, self._why_not_safe = not resetting, ""
-
-    def _raise_if_stopped(self) -> None:
-        if self.stopped:
-            raise StoppedError(self.stopped)
 
     def _raise_if_halted(self) -> None:
         if self._halted:
-            raise StoppedError(self.stopped or "stopped, and reset since")
+            raise StoppedError(self._halted)
+
+    def _tell(self, message: str) -> None:
+        """Warn where that is possible: a full disk or a lost terminal must not keep a stop from being tried."""
+        with suppress(Exception):
+            self._warn(message)

@@ -5,7 +5,8 @@ Each rule that changes an action leaves its bit beside it, so the log has what w
     finite      a chunk with a NaN or an infinity is refused whole (`WireError`)
     range       clipped to the limits of each element
     rate        clipped to the largest change from the action before it
-    first_jump  a first target too far from where the robot is: the robot holds, the chunk is dropped
+    first_jump  a first target too far from where the robot is: the robot holds, the chunk is dropped, and the next
+                target is a first one again
     workspace   the tip would leave its box, or go further out of it: the robot holds for that step
     chunk_age   the observation is too old: the robot holds, the chunk is dropped
     hold        paused, or the runtime is silent: the robot holds, the chunk is dropped
@@ -140,9 +141,10 @@ class SafetyStage:
             return allowed, rules
         last = self._last
         if last is None:
-            last = self._last = self.hold_action()
+            last = self.hold_action()
             if limits.jump is not None and (np.abs(allowed[0] - last) > limits.jump).any():
-                return last[None], np.array([FIRST_JUMP], np.uint8)
+                return last[None], np.array([FIRST_JUMP], np.uint8)  # what comes next is a first action still
+            self._last = last
         if limits.step is not None:
             self._limit_steps(allowed, rules, last, limits.step)
         return allowed, rules

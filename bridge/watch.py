@@ -30,6 +30,8 @@ class Watcher:
         """Nothing is opened yet."""
         self.session = ""
         """The control loop's session; empty while it has none."""
+        self.told = threading.Event()
+        """Set once orders were obeyed; whoever wants to know of later ones clears it."""
         self._guard, self._endpoint, self._client, self._keys = guard, endpoint, client, keys
         self._bridge = secrets.token_hex(8)
         self._closing = threading.Event()
@@ -54,21 +56,24 @@ class Watcher:
         try:
             socket = connect_dealer(context, self._endpoint, self._keys)
             socket.sndhwm = SEND_HWM
-            next_s, said = 0.0, ""
+            next_s, said = 0.0, False
+            last: tuple[str, ...] = ()
             while not self._closing.is_set():
-                if socket.poll(wait_ms):
-                    self._read(socket)
+                # What nobody took yet goes out as soon as somebody does: the first orders may be to stay paused.
+                socket.poll(wait_ms, zmq.POLLIN if said else zmq.POLLIN | zmq.POLLOUT)
+                self._read(socket)
                 guard.tick()
-                state, why = guard.state
+                (state, why), session = guard.state, self.session
                 now_s = time.monotonic()
-                if now_s >= next_s or state != said:
-                    self._say(
-                        socket,
-                        Watch(bridge=self._bridge, client=self._client, session=self.session, state=state, why=why),
+                if now_s >= next_s or not said or (state, session) != last:
+                    said = self._say(
+                        socket, Watch(bridge=self._bridge, client=self._client, session=session, state=state, why=why)
                     )
-                    next_s, said = now_s + beat_s, state
+                    next_s, last = now_s + beat_s, (state, session)
         except Exception as error:  # noqa: BLE001 - nothing may run unguarded, whatever it was
             guard.stop(f"its guard has failed ({type(error).__name__}: {error}); start the bridge again")
+            while guard.state[0] == "stopping" and not self._closing.wait(guard.period_s):
+                guard.tick()
         finally:
             context.destroy(linger=0)
 
@@ -81,7 +86,11 @@ class Watcher:
                 continue  # what cannot be read is no order and no sign of life
             if isinstance(reply, Orders):
                 self._guard.obey(reply)
+                self.told.set()
 
-    def _say(self, socket: zmq.Socket[bytes], beat: Watch) -> None:
-        with suppress(zmq.Again):  # nobody listens; the dead-man counts from what was heard last
+    def _say(self, socket: zmq.Socket[bytes], beat: Watch) -> bool:
+        """Whether somebody took it; the dead-man counts from what was heard last."""
+        with suppress(zmq.Again):
             socket.send_multipart(encode(beat), zmq.NOBLOCK)
+            return True
+        return False

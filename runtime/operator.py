@@ -55,8 +55,10 @@ class Operator:
         """Note what a bridge says of itself, and answer with its orders."""
         known = self._robots.get(message.bridge)
         now_s = time.monotonic()
-        # One that is paused stays so for a runtime that has started anew, and one that was for a bridge that has.
-        paused = self._paused or message.state == "paused" or message.client in self._paused_names
+        # One that is paused stays so for a runtime that has started anew, and one that was for a bridge that has. With
+        # a `why` the pause is the robot's own, and the robot lifts it.
+        taken_over = message.state == "paused" and not message.why
+        paused = self._paused or taken_over or message.client in self._paused_names
         was_resetting = known is not None and known.state == message.state == "resetting"
         robot = self._robots[message.bridge] = Robot(
             identity=identity,
@@ -111,6 +113,13 @@ class Operator:
         """Forget bridges that were last seen before that time."""
         for bridge in [bridge for bridge, robot in self._robots.items() if robot.seen_s < limit_s]:
             del self._robots[bridge]
+
+    def holds(self, session: Session) -> bool:
+        """Whether its robot is ordered to pause; one that does not watch yet goes by its client's name."""
+        for robot in self._robots.values():
+            if robot.session == session.session:
+                return robot.paused
+        return self._paused or session.client in self._paused_names
 
     def waits(self, session: Session) -> bool:
         """Whether its robot is paused, which may be for long."""

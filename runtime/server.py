@@ -184,7 +184,7 @@ class PolicyServer:
                 self._rollouts.end_episode(self._sessions.find(message.session, identity), message, arrays)
             case NextEpisode():
                 session = self._sessions.find(message.session, identity)
-                if self._operator.stopped:
+                if self._operator.stopped or self._operator.holds(session):
                     self._router.send(identity, NoEpisode(request=message.request, finished=False, retry_s=0.2))
                 else:
                     self._rollouts.next_episode(session, message)

@@ -40,6 +40,14 @@ class Watched:
         return getattr(self.backend, name)
 
 
+class WatchedRobot(Watched):
+    """The same as a robot: time passes by itself."""
+
+    @property
+    def spec(self) -> Any:
+        return replace(self.backend.spec, paced=True)
+
+
 class Worker:
     """`drive` in a thread, with what it reported."""
 
@@ -255,6 +263,89 @@ def test_a_robot_that_is_stopped_on_its_way_home_waits_for_the_reset(serve: Any,
     operator.request(Operate(command="reset"), Operated)
     assert worker.join().episodes == 1
     assert not any("on its way home" in warning for warning in worker.warnings), "a stop is no fault"
+
+
+@pytest.mark.parametrize("by", ["the runtime", "the bridge"])
+def test_a_paused_robot_whose_bridge_starts_again_does_not_move_until_it_is_resumed(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "the bridge":
+        monkeypatch.setattr("runtime.operator.Operator.holds", lambda self, session: False)
+    else:
+        deaf = property(lambda self: False, lambda self, paused: None)
+        monkeypatch.setattr(Guard, "paused", deaf, raising=False)
+    serving = serve(horizon_steps=1_000_000)
+    operator = serving.client("operator")
+    operator.request(Operate(command="pause"), Operated)
+    worker = work(serving.endpoint, backend=WatchedRobot(point))
+    until(lambda: serving.status()["sessions"] == 1, "the robot to say hello")
+    until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+    time.sleep(0.5)
+    assert worker.backend.calls == ["connect"]
+    operator.request(Operate(command="resume"), Operated)
+    until(lambda: "reset" in worker.backend.calls, "the robot to go on")
+
+
+def test_a_runtime_that_gives_no_orders_gives_no_episode_either(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.operator.Operator.watch", lambda self, identity, message: None)
+    worker = work(serve().endpoint, backend=WatchedRobot(point), request_timeout_s=0.1)
+    with pytest.raises(SilentError, match="no orders in time"):
+        worker.join()
+    assert worker.backend.calls == ["connect", "stop", "close"] and len(worker.warnings) == MAX_FAILURES
+
+
+def test_a_worker_that_leaves_breaks_off_the_way_home(serve: Any, work: Start, point: Backend) -> None:
+    class Homing(WatchedRobot):
+        def reset(self, task: str, seed: int) -> None:
+            self.calls.append("reset")
+            until(lambda: "stop" in self.calls, "the stop")
+            self.calls.append("home")
+
+    worker = work(serve().endpoint, backend=Homing(point))
+    until(lambda: "reset" in worker.backend.calls, "the robot to go home")
+    worker.stop.set()
+    worker.join()
+    assert worker.backend.calls[:3] == ["connect", "reset", "stop"] and worker.backend.calls[-2:] == ["stop", "close"]
+    assert not worker.guard.stopped and not worker.warnings
+
+
+def test_a_driver_that_raises_an_error_of_its_own_costs_the_episode_and_not_the_bridge(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.drive.FAULT_PAUSE_S", 0.01)
+    fails = ["observe", "reset", "connect", "close"]
+
+    class Serial(WatchedRobot):
+        def _perhaps(self, name: str) -> None:
+            if fails[:1] == [name] and ("reset" in self.calls or name == "reset"):
+                raise OSError(5, fails.pop(0))
+
+        def connect(self) -> None:
+            self.calls.append("connect")
+            self._perhaps("connect")
+
+        def reset(self, task: str, seed: int) -> None:
+            self.calls.append("reset")
+            self._perhaps("reset")
+            self.backend.reset(task, seed)
+
+        def observe(self) -> Any:
+            self._perhaps("observe")
+            return self.backend.observe()
+
+        def close(self) -> None:
+            self.calls.append("close")
+            self._perhaps("close")
+
+    serving = serve(horizon_steps=4)
+    worker = work(serving.endpoint, episodes=1, backend=Serial(point))
+    until(lambda: bool(worker.guard.stopped), "the fourth failure in a row")
+    serving.client().request(Operate(command="reset"), Operated)
+    assert worker.join().episodes == 1
+    told = [f"point: OSError: [Errno 5] {name}" for name in ("observe", "reset", "connect", "close")]
+    assert [warning.split("; ")[0] for warning in worker.warnings[:4]] == [*told[:3], f"stopped: {told[3]}"]
 
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(serve: Any, work: Start, fake_policy: Any) -> None:

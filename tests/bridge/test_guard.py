@@ -9,12 +9,12 @@ import pytest
 from guarded import ROBOT, Clock, Robot, f32
 from msgspec.structs import replace
 
-from bridge.backend import Float32
+from bridge.backend import BackendError, Float32
 from bridge.config import BridgeConfig, SafetyConfig
 from bridge.control import EpisodeLoop
 from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders, Welcome
-from bridge.safety import CHUNK_AGE, FIRST_JUMP, HOLD, RATE
+from bridge.safety import CHUNK_AGE, FIRST_JUMP, HELD, HOLD, RATE
 
 ENOUGH_S = 30.0
 TICK_S = 1 / ROBOT.control_hz
@@ -36,6 +36,13 @@ class Guarded:
         self.guard.begin(episode, lambda: self.robot.reset("t", 0))
         self.robot.calls.clear()
 
+    def tick(self) -> None:
+        """Tick once, and wait for the hold that this may have begun."""
+        self.guard.tick()
+        for thread in threading.enumerate():
+            if thread.name == "guard":
+                thread.join(ENOUGH_S)
+
     def pass_time(self, seconds: float, *, runtime: bool = False, loop: bool = False) -> None:
         """Tick at the control rate; the runtime or the loop may be alive meanwhile."""
         for _ in range(round(seconds / TICK_S)):
@@ -44,7 +51,7 @@ class Guarded:
                 self.guard.obey(Orders())
             if loop:
                 self.guard.apply(STILL)
-            self.guard.tick()
+            self.tick()
 
 
 # --- the dead-man -----------------------------------------------------------------------------------------------------
@@ -162,7 +169,84 @@ def test_a_hold_that_fails_is_told_and_ends_in_the_stop() -> None:
     g.begin()
     g.guard.waiting()
     g.pass_time(2.1, runtime=True)
-    assert "cannot hold: the bus is gone" in g.warnings and g.robot.calls[-1] == "stop"
+    assert "cannot hold: fake: OSError: the bus is gone" in g.warnings and g.robot.calls[-1] == "stop"
+
+
+def test_a_hold_of_the_dead_man_that_hangs_keeps_no_order_and_no_stop_waiting() -> None:
+    hangs, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        if not hangs.is_set():
+            hangs.set()
+            assert go.wait(ENOUGH_S)
+
+    g = Guarded(Robot(on={"apply": hang}))
+    g.begin()
+    g.guard.waiting()
+    g.clock.work(0.6)
+    g.guard.tick()
+    assert hangs.wait(ENOUGH_S)
+    g.guard.obey(Orders(paused=True))
+    assert g.guard.paused
+    for _ in range(30):
+        g.clock.work(TICK_S)
+        g.guard.obey(Orders(paused=True))
+        g.guard.tick()
+    assert g.robot.calls == ["apply", "stop"]
+    assert g.guard.stopped == "the control loop has been waiting for a chunk for 2.05 s"
+    go.set()
+    g.tick()
+    assert g.robot.calls == ["apply", "stop", "stop"], "what the driver sent late is followed by another stop"
+
+
+def test_a_hold_whose_loop_speaks_again_before_it_is_sent_is_not_sent() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.waiting()
+    g.clock.work(0.6)
+    g.robot.hold_action = lambda: pytest.fail("a hold in the middle of a chunk")  # type: ignore[method-assign]
+    late = threading.Thread(target=g.guard._hold_for_the_loop)
+    g.guard.heard()
+    late.start()
+    late.join(ENOUGH_S)
+    assert not g.robot.applied and not g.warnings
+
+
+# --- a driver of somebody else's --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["reset", "observe", "apply", "hold", "outcome"])
+def test_whatever_a_robots_driver_raises_is_an_error_of_the_backend(what: str) -> None:
+    broken = OSError(5, "Input/output error")
+
+    def fail() -> Any:
+        raise broken
+
+    def act(g: Guarded) -> None:
+        if what != "reset":
+            g.begin()
+        g.robot.on["apply" if what == "hold" else what] = fail
+        g.robot.outcome = fail if what == "outcome" else g.robot.outcome  # type: ignore[method-assign]
+        acts = {"reset": g.begin, "observe": g.guard.observe, "hold": g.guard.hold, "outcome": g.guard.outcome}
+        acts.get(what, lambda: g.guard.apply(STILL))()  # type: ignore[operator]
+
+    with pytest.raises(BackendError, match=r"^fake: OSError: \[Errno 5\] Input/output error$") as caught:
+        act(Guarded())
+    assert caught.value.__cause__ is broken
+    with pytest.raises(OSError, match="Input/output"):
+        act(Guarded(Robot(SIMULATOR)))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StoppedError("a hand"), BackendError("too hot")])
+def test_what_is_no_drivers_error_stays_what_it_is(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    g = Guarded(Robot(on={"observe": fail}))
+    g.begin()
+    with pytest.raises(type(error)) as caught:
+        g.guard.observe()
+    assert caught.value is error
 
 
 # --- the latched stop -------------------------------------------------------------------------------------------------
@@ -179,7 +263,7 @@ def test_nothing_is_sent_after_a_stop_until_a_reset_and_a_new_episode() -> None:
             act()
     assert g.robot.calls == ["apply", "stop"] and g.guard.state == ("stopped", "a hand")
     g.guard.reset()
-    with pytest.raises(StoppedError, match="reset since"):
+    with pytest.raises(StoppedError, match="a hand"):
         g.guard.apply(STILL)
     g.begin("e2")
     g.guard.apply(STILL)
@@ -276,7 +360,7 @@ def test_what_was_under_way_at_the_stop_is_followed_by_another_stop(what: str) -
     def send() -> None:
         if what == "hold of the dead-man":
             g.clock.work(1.0)
-            g.guard.tick()
+            g.tick()
         else:
             with pytest.raises(StoppedError):
                 g.guard.apply(STILL) if what == "action" else g.guard.hold()
@@ -290,6 +374,50 @@ def test_what_was_under_way_at_the_stop_is_followed_by_another_stop(what: str) -
     assert done.wait(ENOUGH_S)
     thread.join(ENOUGH_S)
     assert g.robot.calls == ["apply", "stop", "stop"]
+
+
+def test_a_reset_is_broken_off_once_the_worker_is_to_leave() -> None:
+    g = Guarded()
+    fails = [OSError("no answer")]
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    def reset() -> None:
+        g.robot.reset("t", 0)
+        g.guard.tick()
+        g.guard.tick()
+        assert g.robot.calls == ["reset", "stop", "stop"]
+
+    g.robot.on["stop"] = stop
+    with pytest.raises(StoppedError, match="the bridge was told to leave"):
+        g.guard.begin("e1", reset, leaving=lambda: True)
+    assert g.guard.halted and not g.guard.stopped, "another worker may go on with it"
+    assert g.warnings == ["cannot stop, trying again: no answer", "stopped now"]
+    g.begin("e2")
+    g.guard.apply(STILL)
+
+
+def test_a_warning_that_fails_keeps_no_stop_from_being_tried_again() -> None:
+    fails = [OSError("no answer")] * 2
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    def full(message: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    robot, clock = Robot(on={"stop": stop}), Clock()
+    guard = Guard(robot, SafetyConfig(hold_after_s=0.5, stop_after_s=2.0), warn=full, clock=clock)
+    guard.begin("e1", lambda: None)
+    for passed_s in (0.6, 1.5, 0.05, 0.05):
+        clock.work(passed_s)
+        guard.tick()
+    assert guard.state[0] == "stopped" and robot.calls.count("stop") == 3
+    guard.obey(Orders(reset=True))
+    assert not guard.stopped
 
 
 def test_a_robot_that_is_being_reset_says_so_whatever_was_ordered() -> None:
@@ -326,6 +454,26 @@ def test_the_runtimes_orders_stop_pause_reset_and_end() -> None:
     assert g.guard.stopped == "a hand", "only a reset lifts a stop"
     g.guard.obey(Orders(reset=True))
     assert not g.guard.stopped
+
+
+def test_a_pause_by_the_robots_own_key_is_the_keys_and_that_of_the_runtime_the_runtimes() -> None:
+    g = Guarded()
+    g.guard.pause(True)
+    assert g.guard.state == ("paused", "at the robot")
+    g.guard.obey(Orders(paused=True))
+    assert g.guard.state == ("paused", ""), "a runtime that starts anew has to take this one over"
+    g.guard.obey(Orders())
+    assert g.guard.state == ("paused", "at the robot")
+    g.guard.pause(False)
+    assert g.guard.state == ("idle", "")
+
+
+def test_a_paused_robot_says_so_also_while_the_runtime_is_silent() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.obey(Orders(paused=True))
+    g.pass_time(1.0, loop=True)
+    assert g.guard.holding and g.guard.state == ("paused", "")
 
 
 # --- in the control loop ----------------------------------------------------------------------------------------------
@@ -424,6 +572,33 @@ def test_a_paused_robot_holds_and_then_goes_on_with_a_new_chunk() -> None:
     assert len(robot.applied) == 10 + 7
     held = [action.tolist() for action in robot.applied[2:9]]
     assert held == [robot.applied[1].tolist()] * 7
+
+
+def test_a_robot_that_is_paused_on_its_way_home_holds_at_the_start() -> None:
+    robot = Robot(FAST)
+    g = Guarded(robot)
+    asked: list[int] = []
+    robot.on["reset"] = lambda: g.guard.pause(True)
+    robot.on["observe"] = lambda: asked.append(len(robot.applied))
+    robot.on["apply"] = lambda: g.guard.pause(len(robot.applied) < 5)
+    drive(g, Client({}, step=0.1), 4)
+    assert asked[0] == 6, "no chunk is asked for before"
+    assert [action.tolist() for action in robot.applied[:6]] == [[0, 0]] * 6
+
+
+def test_a_target_that_stays_too_far_is_never_approached() -> None:
+    class Far(Client):
+        def collect(self, request: int, kind: type) -> Any:
+            chunk, _ = super().collect(request, kind)
+            return chunk, {"actions": f32(*[[0.95, 0]] * 4)}
+
+    robot = Robot(FAST)
+    client = Far({})
+    report = drive(Guarded(robot), client, 6)
+    assert [r["rules"] for r in client.reports] == [[FIRST_JUMP]] * 6
+    assert [r["sent"] for r in client.reports] == [[[0, 0]]] * 6
+    assert not any(action.any() for action in robot.applied)
+    assert (report.steps, report.decisions, report.ticks.held) == (6, 6, 6) and FIRST_JUMP & HELD
 
 
 def test_what_was_changed_is_reported_with_its_rule_beside_what_was_sent() -> None:

@@ -95,6 +95,14 @@ def test_a_first_target_far_from_the_robot_is_not_approached_at_all() -> None:
     assert check(stage(at=f32(-0.3, 0.5), first_jump=0.05), [-0.15, 0.5]) == ([[-0.3, 0.5]], [FIRST_JUMP])
 
 
+def test_after_a_first_target_that_was_too_far_the_next_is_a_first_one() -> None:
+    s = stage()
+    assert check(s, [0.9, 0]) == check(s, [0.9, 0]) == ([[0, 0]], [FIRST_JUMP])
+    assert check(s, [0.1, 0]) == ([[0.1, 0]], [0])
+    s.sent(f32(0.1, 0))
+    assert check(s, [0.9, 0]) == ([[0.2, 0]], [RATE])
+
+
 def test_only_the_first_target_is_one() -> None:
     s = stage()
     check(s, [0, 0])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -177,3 +178,73 @@ def test_a_robot_is_not_driven_without_its_guard(monkeypatch: pytest.MonkeyPatch
     until(lambda: bool(guard.stopped), "the stop")
     watcher.close()
     assert "its guard has failed (RuntimeError: a bug)" in guard.stopped and robot.calls == ["stop"]
+
+
+def unreliable(times: int) -> Robot:
+    """A robot that cannot be stopped so many times."""
+    fails = [OSError("no answer")] * times
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    return Robot(on={"stop": stop})
+
+
+def test_a_guard_that_has_failed_goes_on_asking_for_the_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(watch, "encode", broken)
+    robot = unreliable(2)
+    guard = Guard(robot, SafetyConfig(), warn=lambda message: None)
+    watcher = Watcher(guard, f"ipc://{tmp_path}/policy.sock", client="arm", keys=None)
+    watcher.start()
+    until(lambda: guard.state[0] == "stopped", "the stop")
+    watcher.close()
+    assert robot.calls == ["stop"] * 3
+
+
+def test_a_warning_that_fails_does_not_end_the_guard(serve: Any) -> None:
+    def full(message: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    serving = serve()
+    robot = unreliable(2)
+    guard = Guard(robot, SafetyConfig(), warn=full)
+    watcher = Watcher(guard, serving.endpoint, client="arm", keys=None)
+    watcher.start()
+    try:
+        until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+        operator = serving.client("operator")
+        operator.request(Operate(command="stop", why="a hand"), Operated)
+        until(lambda: serving.status()["robots"] == {"arm": "stopped: a hand"}, "the stop to be confirmed")
+        assert robot.calls == ["stop"] * 3
+        operator.request(Operate(command="reset"), Operated)
+        until(lambda: not guard.stopped, "the reset")
+    finally:
+        watcher.close()
+
+
+def test_a_stop_is_obeyed_while_the_hold_of_the_dead_man_hangs(serve: Any) -> None:
+    hangs, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        go.wait(ENOUGH_S)
+
+    serving = serve()
+    robot = Robot(on={"apply": hang})
+    guard = Guard(robot, SafetyConfig(stop_after_s=ENOUGH_S), warn=lambda message: None)
+    watcher = Watcher(guard, serving.endpoint, client="arm", keys=None)
+    watcher.start()
+    try:
+        guard.begin("e", lambda: None)
+        guard.waiting()
+        assert hangs.wait(ENOUGH_S)
+        serving.client("operator").request(Operate(command="stop", why="a hand"), Operated)
+        until(lambda: serving.status()["robots"].get("arm") == "stopped: a hand", "the stop")
+        assert robot.calls == ["apply", "stop"]
+    finally:
+        go.set()
+        watcher.close()

@@ -195,6 +195,40 @@ def test_a_robot_that_was_paused_stays_so_until_somebody_resumes_it(scene: Calla
         again.close()
 
 
+def test_a_robot_that_is_paused_gets_no_episode(scene: Callable[..., Scene], point: Backend) -> None:
+    s = scene()
+    early, other = s.serving.robot(point.spec, "arm2"), s.serving.robot(point.spec, "arm")
+    bridge = Bridge(s.serving.endpoint, "arm", other.welcome.session)
+    bridge._socket.send_multipart(
+        encode(Watch(request=1, bridge="x", client="arm", session=other.welcome.session, state="idle"))
+    )
+    bridge.orders()
+    s.bridge.beat()
+    try:
+        s.operate("pause", robot="arm (x)")
+        answer = other.next()
+        assert isinstance(answer, NoEpisode) and not answer.finished and answer.retry_s < 1
+        assert isinstance(s.robot.next(), Assignment), "another one of that name"
+        s.operate("pause")
+        assert isinstance(s.robot.next(), NoEpisode)
+        assert isinstance(early.next(), NoEpisode), "it has not watched yet"
+        s.operate("resume")
+        assert all(isinstance(robot.next(), Assignment) for robot in (s.robot, early, other))
+    finally:
+        bridge.close()
+
+
+def test_a_pause_that_is_the_robots_own_is_left_to_it(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    # The runtime has started anew, and hears of a pause by the robot's own key.
+    assert not s.bridge.beat("paused", "at the robot").paused
+    assert s.serving.status()["robots"] == {"arm": "paused: at the robot"}
+    assert s.operate("pause") == ("arm",)
+    assert s.bridge.orders().paused and s.bridge.beat("paused").paused
+    s.operate("resume")
+    assert not s.bridge.orders().paused and not s.bridge.beat("paused", "at the robot").paused
+
+
 def test_a_robot_whose_reset_takes_long_is_not_silent_but_one_whose_reset_hangs_is(
     scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
 ) -> None:
