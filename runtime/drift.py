@@ -6,8 +6,8 @@ likely whatever their distribution, and a bet on extreme ranks gains nothing on 
 martingale; its Shiryaev-Roberts sum R <- (1 + R) e starts a new bet at every episode, so that a change is found
 however late it comes (Vovk et al., "Retrain or not retrain", arXiv 2102.10439). Without ties R - n is a martingale,
 so that by Doob's inequality R reaches A within n episodes with probability at most n / A (it is an e-detector: Shin,
-Ramdas and Rinaldo, arXiv 2203.03532); with ties its mean is n. A is chosen so that all alarms together stay below what
-`DriftRule` allows.
+Ramdas and Rinaldo, arXiv 2203.03532); with ties its mean is n or less, which proves no such bound. A is chosen so that
+all alarms together stay below what `DriftRule` allows.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ Direction = Literal["fell", "rose"]
 POWERS: NDArray[np.float64] = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
 """The k of the bets k p^(k - 1) on the rank p in (0, 1]; R is shared equally among them (Vovk's power martingales)."""
 OUTCOMES: dict[str, tuple[Direction, ...]] = {"success": ("fell",), "steps": ("rose",)}
+INTERVENTIONS = "interventions"
+# Where nearly all values are one, they win and lose nothing, and R grows by 1 an episode; the first other value would
+# then win hugely, and one failure after 800 successes be an alarm. So the worst counts as if it had been seen once.
+WORST: dict[tuple[str, Direction], float] = {("success", "fell"): 0.0, (INTERVENTIONS, "rose"): 1.0}
 RECENT = 20
 
 
@@ -108,7 +112,10 @@ class DriftMonitor:
         others = sum(map(len, directions.values())) - outcomes
         per_alarm = self.rule.window_episodes / (self.rule.false_alarm / 2)
         self._watched = {
-            name: [_Watch(direction, per_alarm * (outcomes if name in OUTCOMES else others)) for direction in given]
+            name: [
+                _Watch(direction, WORST.get((name, direction)), per_alarm * (outcomes if name in OUTCOMES else others))
+                for direction in given
+            ]
             for name, given in directions.items()
         }
         self.names = frozenset(directions)
@@ -148,15 +155,16 @@ class DriftMonitor:
         }
 
 
-def rank_bet(values: NDArray[np.float64], direction: Direction) -> NDArray[np.float64]:
+def rank_bet(values: NDArray[np.float64], direction: Direction, worst: float | None = None) -> NDArray[np.float64]:
     """e-value of the last of `values` `[n]` being extreme among all of them, for each of `POWERS`.
 
-    Ties are shared out: the bet is the mean over all ranks that the value may be said to have. Over the n values, each
-    put last in its turn, the mean is exactly 1.
+    Ties are shared out: the bet is the mean over all ranks that the value may be said to have. `worst` counts as if it
+    had been seen once. Over the n values, each put last in its turn, the mean is exactly 1, with `worst` at most 1.
     """
-    signed = values if direction == "fell" else -values
-    low = np.count_nonzero(signed < signed[-1]) / len(values)
-    high = np.count_nonzero(signed <= signed[-1]) / len(values)
+    seen = values if worst is None else np.append(worst, values)
+    signed = seen if direction == "fell" else -seen
+    low = np.count_nonzero(signed < signed[-1]) / len(seen)
+    high = np.count_nonzero(signed <= signed[-1]) / len(seen)
     # The integral of k p^(k - 1) from low to high, over its width.
     return np.asarray((high**POWERS - low**POWERS) / (high - low))
 
@@ -164,8 +172,8 @@ def rank_bet(values: NDArray[np.float64], direction: Direction) -> NDArray[np.fl
 class _Watch:
     """One statistic in one direction: the Shiryaev-Roberts sums of `POWERS`."""
 
-    def __init__(self, direction: Direction, needed: float) -> None:
-        self.direction, self.needed = direction, needed
+    def __init__(self, direction: Direction, worst: float | None, needed: float) -> None:
+        self.direction, self.worst, self.needed = direction, worst, needed
         self.sums = np.zeros(len(POWERS))
 
     @property
@@ -173,7 +181,7 @@ class _Watch:
         return bool(self.sums.mean() >= self.needed)
 
     def step(self, values: NDArray[np.float64]) -> bool:
-        self.sums = (1 + self.sums) * rank_bet(values, self.direction)
+        self.sums = (1 + self.sums) * rank_bet(values, self.direction, self.worst)
         return self.alarmed
 
 

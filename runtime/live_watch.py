@@ -6,10 +6,9 @@ import numpy as np
 
 from bridge.safety import CHUNK_AGE, HOLD, STARVED
 from runtime.config import DeployConfig
-from runtime.drift import Drift, DriftMonitor, episode_statistics, statistic_names
+from runtime.drift import INTERVENTIONS, Drift, DriftMonitor, episode_statistics, statistic_names
 from runtime.episode import Episode
 
-INTERVENTIONS = "interventions"
 LATE = np.uint8(CHUNK_AGE | HOLD | STARVED)
 
 

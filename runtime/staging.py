@@ -13,7 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from runtime.gate import GateReport, gate_episodes, judge
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.live_watch import LiveWatch
 from runtime.policy import Policy
-from runtime.reading import EpisodeError, read_row
+from runtime.reading import EpisodeError, read_episode
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.swap import Live
@@ -54,7 +55,10 @@ class Staging:
         self._thread = threading.Thread(target=self._watch, name="staging", daemon=True)
         self._open_since: Callable[[], float] = lambda: np.inf
         self._trial: Trial | None = None
-        self._live_watch = LiveWatch(config)
+        self._at_gate = ""
+        self._unsettled = False
+        self._live_watch, self._live_since_unix_s = LiveWatch(config), 0.0
+        self._goes_back = True
         self._pinned_by = self._registry.pinned()
         self._standing: dict[str, Any] = {}
         self._waiting: list[EpisodeRow] = []
@@ -65,7 +69,8 @@ class Staging:
             self._enter_live(version, "it was live when the runtime started", "rule")
         since = self._registry.stages(version)[-1].evidence
         self._live_since_unix_s = float(since["since_unix_s"])
-        self._cursor = int(since["since_seq"])
+        # An index that was made anew counts from the beginning.
+        self._cursor = min(int(since["since_seq"]), self._newest_seq())
         self._resume()
         self._note()
 
@@ -120,11 +125,13 @@ class Staging:
             if policy.version == self._live().version or (trial and trial.policy.version == policy.version):
                 return self._live().version
             self._registry.enter(policy.version, "candidate", why="announced")
+            self._at_gate = policy.version
         # Not under the lock: a gate that takes long must not hold up a rollback by rule.
         live = self._live()
         report = self._judged(policy, live)
         figures = msgspec.to_builtins(report)
-        with self._changing:
+        with self._changing, self._settled_later():
+            self._at_gate = ""
             if self._live().version == policy.version:
                 pass  # somebody has promoted it meanwhile
             elif self._pinned_by:
@@ -141,10 +148,11 @@ class Staging:
 
     def rollback(self, version: str = "", *, why: str, who: str) -> str:
         """Make an earlier version live again; a canary that runs ends."""
-        with self._changing:
+        with self._changing, self._settled_later():
             before = self._live().version
             after = self._live.rollback(version, why=why)
             if after != before:
+                self._watch_anew()
                 self._end_trial("the live version was rolled back", who)
                 self._registry.enter(before, "rejected", why=why, who=who)
                 self._enter_live(after, why, who)
@@ -153,7 +161,7 @@ class Staging:
 
     def govern(self, command: Governing, version: str, who: str) -> str:
         """Promote, reject, pin or unpin by hand. Raises `BundleError` where there is nothing to be decided."""
-        with self._changing:
+        with self._changing, self._settled_later():
             match command:
                 case "rollback":
                     self.rollback(version, why=f"rolled back by {who}", who=who)
@@ -227,7 +235,7 @@ class Staging:
 
     def _end_trial(self, why: str, who: str, *, must: bool = False, needed: str = "") -> None:
         """`needed` is a version whose bundle has to stay."""
-        trial, self._trial = self._trial, None
+        trial = self._trial
         if trial is not None:
             self._reject(trial.policy.version, why, who, msgspec.to_builtins(trial.test.evidence()), needed)
         elif must:
@@ -235,6 +243,9 @@ class Staging:
 
     def _reject(self, version: str, why: str, who: str, evidence: dict[str, Any], needed: str = "") -> None:
         self._registry.enter(version, "rejected", why=why, who=who, evidence=evidence)
+        # Only now: what the registry has on trial, and memory has not, would never end.
+        if self._trial and self._trial.policy.version == version:
+            self._trial = None
         self._live.prune(self._trial.policy.version if self._trial else needed)
         self._warn(f"version {version[:12]} is rejected: {why}")
 
@@ -242,17 +253,49 @@ class Staging:
         before, trial = self._live().version, self._trial
         evidence = msgspec.to_builtins(trial.test.evidence()) if trial and trial.policy is policy else {}
         self._live.make_live(policy, f"promoted {why}")
-        if trial is not None and trial.policy is not policy:
-            self._end_trial(f"{policy.version[:12]} was promoted in its place", who)
-        self._trial = None
+        self._watch_anew()
+        if trial is not None and trial.policy is policy:
+            self._trial = None
+        self._end_trial(f"{policy.version[:12]} was promoted in its place", who)
         self._registry.enter(before, "retired", why=f"replaced by {policy.version[:12]}", who=who)
         self._enter_live(policy.version, why, who, evidence)
         self._warn(f"version {policy.version[:12]} is live: {why}")
 
     def _enter_live(self, version: str, why: str, who: str, evidence: dict[str, Any] | None = None) -> None:
-        self._live_since_unix_s, self._live_watch = time.time(), LiveWatch(self._config)
+        self._watch_anew()
         since = {"since_seq": self._newest_seq(), "since_unix_s": self._live_since_unix_s}
         self._registry.enter(version, "live", why=why, who=who, evidence={**(evidence or {}), **since})
+
+    def _watch_anew(self) -> None:
+        """Right behind the flip, before what can fail: the alarms of one version must not roll back another."""
+        self._live_since_unix_s, self._live_watch = time.time(), LiveWatch(self._config)
+        self._goes_back = True
+
+    @contextmanager
+    def _settled_later(self) -> Iterator[None]:
+        """What fails half-way, on a full disk say, is settled at a later look."""
+        try:
+            yield
+        except Exception:
+            self._unsettled = True
+            raise
+
+    def _settle(self) -> None:
+        """Make the registry say what is the case, where it could not be written."""
+        live, trial = self._live().version, self._trial
+        if self._registry.stage(live) != "live":
+            self._enter_live(live, "it is live; that could not be noted at once", "rule")
+        if trial and trial.test.live != live:
+            self._end_trial("the live version was changed", "rule")
+        elif trial and trial.test.decision != "go on":
+            self._conclude(trial)
+        running = {self._live().version, self._at_gate, self._trial.policy.version if self._trial else ""}
+        for version, change in {change.version: change for change in self._registry.stages()}.items():
+            if change.stage in ("candidate", "canary") and version not in running:
+                self._reject(version, "it is not on trial any more; that could not be noted at once", "rule", {})
+            elif change.stage == "live" and version not in running:
+                self._registry.enter(version, "retired", why=f"{self._live().version[:12]} is live")
+        self._unsettled = False
 
     def _candidate(self) -> str:
         if self._trial is None:
@@ -273,11 +316,25 @@ class Staging:
 
         Short episodes end before long ones that began earlier; taken as they come, successes would be seen first.
         """
+        with self._settled_later():
+            self._end_or_settle()
+            taken = self._take_new() + self._take_for_trial()
+            if taken:
+                with self._changing:
+                    self._note()
+
+    def _end_or_settle(self) -> None:
         failure, self._failure = self._failure, None
         with self._changing:
+            if self._unsettled:
+                self._settle()
+                self._note()
             if failure and self._trial and self._trial.policy.version == failure[0]:
                 self._end_trial(f"it could not decide: {failure[1]}", "rule")
                 self._note()
+
+    def _take_new(self) -> int:
+        """Rows of the log into the watch on the live version and into the queue of the canary; how many."""
         open_since = self._open_since()
         while new := self._index.after(self._cursor, PULL_ROWS):
             self._cursor = new[-1].seq
@@ -291,6 +348,11 @@ class Staging:
                 self._for_trial.append(row)
                 with self._changing:
                     self._check_drift(row)
+        return taken
+
+    def _take_for_trial(self) -> int:
+        """What the canary waits for, as far as it is judged; how many."""
+        taken = 0
         while self._for_trial and not self._stop.is_set():
             with self._changing:
                 judged = self._as_judged(self._for_trial[0])
@@ -302,9 +364,7 @@ class Staging:
                 if self._trial and self._trial.counts(judged):
                     self._trial.add(judged)
                     self._conclude(self._trial)
-        if taken:
-            with self._changing:
-                self._note()
+        return taken
 
     def _as_judged(self, row: EpisodeRow) -> EpisodeRow | None:
         """The row with its label; None for one that a canary needs and nobody has judged yet. Those behind it wait for
@@ -330,14 +390,19 @@ class Staging:
         if row.deleted or not of_live:
             return
         try:
-            episode = read_row(self._index, row)
+            # Without labels: they would be known here only after a restart.
+            episode = read_episode(self._index.path(row))
         except EpisodeError:
             return  # retention has just deleted it
         for drift in self._live_watch.add(episode):
             self._warn(f"drift: {drift.statistic} {drift.direction}, from {drift.record:.3g} to {drift.recent:.3g}")
         # All of its alarms, not only the new ones: it may have been pinned when they came.
-        if (why := self._live_watch.why_roll_back()) and self.previous and not self._pinned_by:
-            self.rollback(why=why, who="rule")
+        if (why := self._live_watch.why_roll_back()) and self.previous and self._goes_back and not self._pinned_by:
+            try:
+                self.rollback(why=why, who="rule")
+            except BundleError as error:
+                self._goes_back = False
+                self._warn(f"{why}, but the version before it cannot come back: {error}; go back to another by hand")
 
     def _note(self) -> None:
         """What the status says; made here, because the thread that answers must not compute."""

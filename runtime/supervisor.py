@@ -44,6 +44,8 @@ class Child:
     log: Path | None
     niceness: int = 0
     """Added to this process's own."""
+    ends: bool = False
+    """Whether it may end by itself. Otherwise exit code 0 is a failure too: somebody has sent it a signal."""
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     _failures: deque[float] = field(default_factory=deque)
@@ -71,7 +73,7 @@ class Child:
             _stand_back(self.process.pid, self.niceness)
 
     def keep_alive(self, warn: Callable[[str], None]) -> int | None:
-        """Call often: the exit code once the process has ended well (0), else None; restarts it after a failure.
+        """Call often: 0 once a process that may end has ended well, else None; restarts it after a failure.
 
         Raises `ChildFailedError` on exit code 2 and after `MAX_FAILURES` failures within `FAILURE_WINDOW_S`.
         """
@@ -82,7 +84,7 @@ class Child:
                 self.start()
             return None
         code = self.process.poll()
-        if code is None or code == 0:
+        if code is None or (code == 0 and self.ends):
             return code
         self._failures.append(now_s)
         while now_s - self._failures[0] > FAILURE_WINDOW_S:
@@ -154,6 +156,8 @@ def _stand_back(pid: int, niceness: int) -> None:
 
 def how_it_ended(code: int) -> str:
     """A failure's exit code in words; negative ones are signals."""
+    if code == 0:
+        return "was stopped from outside"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 

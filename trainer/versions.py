@@ -69,16 +69,18 @@ class Versions:
     def follow_live(self) -> bool:
         """Announce the current version, or follow whoever has gone back from it; whether that was so.
 
-        A version that never was live or on trial is one whose announcement is still to be made (now, or after a crash).
-        One that is neither any more has been rejected or replaced on purpose: learning goes on from what is live.
+        A version that never was live or on trial is one whose announcement is still to be made (now, or after a crash),
+        unless somebody has gone back from its parent meanwhile: it would bring back what they wanted to be rid of. One
+        that is neither any more has been rejected or replaced on purpose: learning goes on from what is live.
         """
         was_live = self.current in {change.version for change in self._registry.history()}
-        if not was_live and self._registry.stage(self.current) is None:
+        unknown = not was_live and self._registry.stage(self.current) is None
+        if unknown and self._registry.live() in (None, self._registry.get(self.current).parent):
             self._announce(self._policies / self.current)
         live = self._registry.live()
         replaced = False
         if live is not None and live != self.current and not self.on_trial:
-            self._warn(f"version {live[:12]} was made live in place of {self.current[:12]}; going on from it")
+            self._warn(f"version {live[:12]} is live, not {self.current[:12]}; going on from it")
             become(self._vla, read_bundle(self._policies / live))
             self.behaviours.remember(live, self._vla)
             self.current = live

@@ -16,7 +16,7 @@ from fieldtune.ablation import Ablation, ablated_overrides, ablation_names, load
 from fieldtune.commands.common import Json, Set, list_table, out, print_json, warn
 from fieldtune.commands.evaluate import steps_text
 from fieldtune.commands.status import last_metrics
-from fieldtune.commands.up import Up, deploy, evaluate_version_of, prepare, remember_config
+from fieldtune.commands.up import Up, begun, deploy, evaluate_version_of, prepare
 from fieldtune.deployment import Deployment, load_deployment
 from runtime.branch import branch
 from runtime.durable import write_atomic, write_json
@@ -132,10 +132,10 @@ def _child(start: Up, name: str, ablation: Ablation) -> Up:
 
 def _row_of_start(start: Up) -> Row | None:
     """Make the start if it is not there, and evaluate it; None if stopped."""
-    remember_config(start.run, start.deployment)
-    if not prepare(start):
-        return None
-    evaluation = evaluate_version_of(start, _first(start.run), START)
+    with begun(start):
+        if not prepare(start):
+            return None
+        evaluation = evaluate_version_of(start, _first(start.run), START)
     return None if evaluation is None else _row(start, START, START_WHY, (), evaluation, {})
 
 
@@ -145,14 +145,14 @@ def _row_of(start: Up, child: Up, name: str, ablation: Ablation) -> Row | None:
     if result.exists():
         return msgspec.json.decode(result.read_bytes(), type=Row)
     start.say(f"ablation {name}: {ablation.why}")
-    remember_config(child.run, child.deployment)
-    branch(start.run, child.run)
-    deploy(child)
-    if start.stop.is_set():
-        return None
-    last = Registry(child.run.registry).live()
-    assert last is not None
-    evaluation = evaluate_version_of(child, last, name)
+    with begun(child):
+        branch(start.run, child.run)
+        deploy(child)
+        if start.stop.is_set():
+            return None
+        last = Registry(child.run.registry).live()
+        assert last is not None
+        evaluation = evaluate_version_of(child, last, name)
     if evaluation is None:
         return None
     row = _row(child, name, ablation.why, ablation.overrides, evaluation, last_metrics(child.run.metrics))

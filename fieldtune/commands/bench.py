@@ -12,11 +12,13 @@ from fieldtune.bench.common import Result, machine
 from fieldtune.commands.common import Json, Set, err, out, print_json
 from fieldtune.deployment import load_deployment
 
-What = Literal["serve", "rollout", "swap", "log", "control", "canary", "all"]
+What = Literal["serve", "rollout", "swap", "log", "control", "canary", "drift", "all"]
 
 
 def bench(
-    what: Annotated[tyro.conf.Positional[What], tyro.conf.arg(metavar="serve|rollout|swap|log|control|canary|all")],
+    what: Annotated[
+        tyro.conf.Positional[What], tyro.conf.arg(metavar="serve|rollout|swap|log|control|canary|drift|all")
+    ],
     config: Annotated[
         tyro.conf.Positional[str],
         tyro.conf.arg(
@@ -35,7 +37,8 @@ def bench(
     serve: the server against a bare ZeroMQ echo. rollout: the loop against direct calls, and where its time goes.
     swap: waits while weights change. log: the record of a decision. control: a robot whose policy is slow, in real
     time; it takes some twenty minutes and is not part of all. canary: how often the test that promotes and rolls back
-    is wrong; simulated for minutes, and not part of all. Nothing else should run meanwhile, but canary takes no times.
+    is wrong; drift: how often the alarm is that success fell; both are simulated for minutes, and not part of all.
+    Nothing else should run meanwhile, but canary and drift take no times.
     A goal that is missed is shown, and is no failure of the command.
 
     Examples:
@@ -81,6 +84,10 @@ def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path,
         from fieldtune.bench.canary import bench_canary
 
         return bench_canary(quick=quick)
+    if name == "drift":
+        from fieldtune.bench.drift import bench_drift
+
+        return bench_drift(quick=quick)
     deployment = load_deployment(config or "quickstart", overrides)
     if name == "rollout":
         from fieldtune.bench.rollout import bench_rollout

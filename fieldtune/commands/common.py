@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import msgspec
 import tyro
@@ -47,8 +47,25 @@ UNREACHED = (
     "`fieldtune up` or `serve` starts a runtime; other commands find it from the same directory, with the same --set"
 )
 
+
+class _Stderr:
+    """stderr, but what cannot be written is lost: no robot and no runtime stops because the disk of its log is full."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+err = Console(file=cast(TextIO, _Stderr()), highlight=False)
 
 
 def warn(message: str) -> None:

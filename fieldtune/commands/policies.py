@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import getpass
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import tyro
@@ -26,6 +28,7 @@ from fieldtune.commands.status import runtime_status
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install
 from runtime.bundle import read_bundle
+from runtime.durable import claim
 from runtime.gate import gate_episodes, judge
 from runtime.policy import Policy
 from runtime.registry import Registry, VersionRow
@@ -200,8 +203,9 @@ def add(config: Config, bundle: BundleName, /, *, overrides: Set = (), as_json: 
         version = read_bundle(path).version
         where = "the running runtime" if reply.version == version else ""
     else:
-        version, where = install(deployment, path, bundle), "the next start"
-        registry.set_live(version, why="added by hand")
+        with no_runtime(deployment):
+            version, where = install(deployment, path, bundle), "the next start"
+            registry.set_live(version, why="added by hand")
     if as_json:
         print_json({"version": version})
     else:
@@ -231,9 +235,10 @@ def rollback(config: Config, version: MaybeVersion = None, /, *, overrides: Set 
             reply, _ = client.request(Govern(command="rollback", version=wanted, who=getpass.getuser()), Serving)
         now, before, where = reply.version, reply.previous, "the running runtime"
     else:
-        live = Live(run, threads=1, keep_versions=deployment.runtime.keep_versions)
-        before = live().version
-        now, where = live.rollback(wanted), "the next start (no runtime is running)"
+        with no_runtime(deployment):
+            live = Live(run, threads=1, keep_versions=deployment.runtime.keep_versions)
+            before = live().version
+            now, where = live.rollback(wanted), "the next start (no runtime is running)"
     if as_json:
         print_json({"version": now, "previous": before})
     else:
@@ -248,6 +253,17 @@ def runtime_answers(deployment: Deployment) -> bool:
     except SilentError:
         return False
     return True
+
+
+@contextmanager
+def no_runtime(deployment: Deployment) -> Iterator[None]:
+    """Keep a runtime from coming up meanwhile. Raises `ClaimedError` where one is, though it does not answer (yet): it
+    may have read what is live already.
+    """
+    episodes = run_dir(deployment).episodes
+    episodes.mkdir(parents=True, exist_ok=True)
+    with claim(episodes):
+        yield
 
 
 def _when(unix_s: float) -> str:

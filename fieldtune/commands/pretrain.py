@@ -8,7 +8,7 @@ from pathlib import Path
 from bridge.config import ConfigError
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, run_dir
 from fieldtune.commands.train import refuse_policy
-from fieldtune.commands.up import Up, prepare, remember_config, stopped
+from fieldtune.commands.up import Up, begun, prepare, stopped
 from fieldtune.deployment import load_deployment
 from runtime.bundle import read_bundle
 from runtime.durable import atomic_directory
@@ -36,9 +36,9 @@ def pretrain(config: Config, /, *, overrides: Set = (), to: Path | None = None, 
             f"--to {to}: exists; a bundle is never replaced in place, so remove it or choose another name"
         )
     this = Up(deployment, config, overrides, stop_on_signals(), as_json)
-    remember_config(this.run, deployment)
-    if not prepare(this):
-        return stopped(this, "pretrain")
+    with begun(this):
+        if not prepare(this):
+            return stopped(this, "pretrain")
     run = run_dir(deployment)
     version = Registry(run.registry).first().version
     bundle = run.policies / version

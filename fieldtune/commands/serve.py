@@ -35,8 +35,8 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     run = run_dir(deployment)
     settings = deployment.runtime
     tasks = deployment.trainer.post_trained(make_backend(deployment.backend).spec)
-    live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
     horizon_steps = deployment.bridge.horizon_steps
+    # The log first: while this process has it, nobody changes what is live behind its back.
     log = EpisodeLog(
         run.episodes,
         queue_mb=settings.log.queue_mb,
@@ -45,6 +45,7 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     )
     staging: Staging | None = None
     try:
+        live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
         # Seeds go on from where the log stands, so that a restart does not repeat them.
         rng = np.random.default_rng([deployment.seed, log.index.count()])
         trainer = deployment.trainer

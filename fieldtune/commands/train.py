@@ -131,7 +131,7 @@ def train(config: Config, /, *, overrides: Set = ()) -> int:
         warn=warn,
     )
     out.print(f"version {version}")
-    return 0
+    return 1 if stop.is_set() else 0
 
 
 def announce(deployment: Deployment, path: Path) -> None:

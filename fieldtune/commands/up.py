@@ -26,7 +26,7 @@ from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from fieldtune.install import install_to_train
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
-from runtime.durable import require_unclaimed, write_atomic
+from runtime.durable import claim, require_unclaimed, write_atomic
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -104,9 +104,19 @@ def up(
     this = Up(deployment, config, overrides, stop_on_signals(), as_json, evaluation)
     if fresh:
         put_aside(this)
-    remember_config(this.run, deployment)
-    with page_of(this):
+    with begun(this), page_of(this):
         return run_to_the_end(this)
+
+
+@contextmanager
+def begun(this: Up) -> Iterator[None]:
+    """The run is this command's alone, and has its configuration. Raises `ClaimedError` where another one is at work:
+    its workers would drive the same robots.
+    """
+    this.run.path.mkdir(parents=True, exist_ok=True)
+    with claim(this.run.path):
+        remember_config(this.run, this.deployment)
+        yield
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def run_to_the_end(this: Up) -> int:
 def put_aside(this: Up) -> None:
     """Move an earlier run of this name to NAME.old-TIME. Raises `ClaimedError` while its runtime or trainer runs."""
     if this.run.path.exists():
-        for directory in (this.run.episodes, this.run.trainer):
+        for directory in (this.run.path, this.run.episodes, this.run.trainer):
             require_unclaimed(directory)
         aside = this.run.path.with_name(f"{this.deployment.name}.old-{int(time.time())}")
         shutil.move(this.run.path, aside)
@@ -188,7 +198,6 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
                     f"{name}: {run.path} was made with another value ({old}); choose another `name`, or move the run "
                     "away (`fieldtune up --fresh` does)"
                 )
-    run.path.mkdir(parents=True, exist_ok=True)
     write_atomic(path, msgspec.json.format(msgspec.json.encode(deployment)))
     write_atomic(run.environment, msgspec.json.format(msgspec.json.encode(this_environment())))
 
@@ -246,6 +255,7 @@ def deploy(this: Up) -> None:
     config, overrides, bridge = this.config, this.overrides, this.deployment.bridge
     runtime = this.child("runtime", fieldtune_command("serve", config, overrides))
     trainer = this.child("trainer", fieldtune_command("train", config, overrides))
+    trainer.ends = True
     workers = [
         this.child(name, drive_command(config, overrides, name), bridge.niceness)
         for name in (f"bridge-{i}" for i in range(bridge.workers))
@@ -256,7 +266,7 @@ def deploy(this: Up) -> None:
         wait_for_runtime(this, runtime)
         for child in [trainer, *workers]:
             child.start()
-        watch(this, children, trainer)
+        watch(this, children)
     finally:
         # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
         for group in (workers, [trainer], [runtime]):
@@ -286,18 +296,14 @@ def wait_for_runtime(this: Up, runtime: Child) -> None:
                 ) from error
 
 
-def watch(this: Up, children: list[Child], trainer: Child) -> None:
+def watch(this: Up, children: list[Child]) -> None:
     """Keep the children alive and the table fresh until the trainer is done or the user stops."""
     title = f"{this.deployment.name}  (Ctrl-C stops; the same command goes on)"
     minutes = this.deployment.trainer.stop.minutes
     next_line_s = 0.0
-    alive: dict[str, bool] = dict.fromkeys((child.name for child in children), True)
     with LiveTable(console=err, refresh_per_second=2, transient=False) as live:
         while not this.asked_to_stop():
-            for child in children:
-                if alive[child.name] and child.keep_alive(warn) == 0:
-                    alive[child.name] = False
-            if not alive[trainer.name]:
+            if 0 in [child.keep_alive(warn) for child in children]:
                 return
             try:
                 now = runtime_status(this.deployment, timeout_s=1.0)

@@ -10,7 +10,7 @@ import tyro
 
 from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Json, Set, print_json
-from fieldtune.commands.up import Up, page_of, put_aside, remember_config
+from fieldtune.commands.up import Up, begun, page_of, put_aside
 from fieldtune.deployment import load_deployment
 from fieldtune.walk.data import export_and_import, relabel
 from fieldtune.walk.deploying import (
@@ -50,9 +50,8 @@ def walk(
     started_s = time.monotonic()
     up = Up(load_deployment(CONFIG, overrides), CONFIG, overrides, stop_on_signals(), as_json)
     put_aside(up)
-    remember_config(up.run, up.deployment)
     this = Walk(up, pause)
-    with page_of(up):
+    with begun(up), page_of(up):
         try:
             put_to_work(this, start_from_weak(this))
             refuse_broken(this)

@@ -17,6 +17,7 @@ import pytest
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
 from fieldtune.commands.status import status_table
+from runtime.durable import claim
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
 from runtime.registry import Registry
@@ -152,6 +153,13 @@ def test_an_import_that_is_not_an_extra_is_a_bug_and_not_hidden(monkeypatch: pyt
         run(["status"])
 
 
+def test_a_warning_that_cannot_be_written_stops_nobody() -> None:
+    code = "from fieldtune.commands.common import warn\nwarn('one')\nwarn('two')\nprint('goes on', flush=True)"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=full, text=True, timeout=60)
+    assert done.stdout == "goes on\n"
+
+
 @pytest.mark.parametrize("line", ["--help", "status --help", "keys made arm --json"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_is_no_error(line: str, unbuffered: str, tmp_path: Path) -> None:
@@ -283,6 +291,25 @@ def test_failures_of_a_run_say_why_and_end_with_1(
         captured = capsys.readouterr()
         assert captured.err.startswith("fieldtune: ") and word in captured.err, line
         assert captured.out == ""
+
+
+@pytest.mark.slow
+def test_nobody_goes_back_beside_a_runtime_that_is_coming_up(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have read what is live, and would go on with that, whatever the registry says by then."""
+    monkeypatch.chdir(prepared)
+    registry = Registry(RunDir(prepared / "runs/point").registry)
+    before = registry.history()
+    RunDir(prepared / "runs/point").episodes.mkdir(exist_ok=True)
+    with claim(RunDir(prepared / "runs/point").episodes):
+        for line in (
+            f"policies rollback point {registry.live()}",
+            f"policies add point runs/point/policies/{registry.live()}",
+        ):
+            assert run(line.split()) == 1
+            assert "is at work here already" in capsys.readouterr().err
+    assert registry.history() == before
 
 
 @pytest.mark.slow

@@ -114,17 +114,27 @@ def check_run(deployment: Deployment, iterations: int) -> None:
     assert len(registry.lineage(live)) == 1 + sum(not line["warmup"] for line in lines)
 
 
-def test_kill_nine_of_every_part_costs_no_episode(up: Deployment) -> None:
-    up.start("trainer.stop.iterations=12")
-    for command in ("train", "serve", "drive", "train"):
+def test_the_end_of_any_part_costs_no_episode(up: Deployment) -> None:
+    """By kill -9, and by a signal on which it leaves in order: nobody but `up` is to end a part of it."""
+    kill, ask = signal.SIGKILL, signal.SIGTERM
+    up.start("trainer.stop.iterations=14")
+    for command, how in (
+        ("train", kill),
+        ("serve", kill),
+        ("drive", kill),
+        ("train", ask),
+        ("serve", ask),
+        ("drive", ask),
+    ):
         seen = len(up.metrics())
         until(lambda seen=seen: len(up.metrics()) >= seen + 1, "iteration", up)  # type: ignore[misc]
         until(lambda command=command: command in up.children(), command, up)  # type: ignore[misc]
-        if len(up.metrics()) < 11:
-            os.kill(up.children()[command], signal.SIGKILL)
+        if len(up.metrics()) < 13:
+            os.kill(up.children()[command], how)
     assert up.wait() == 0, up.log()
     assert "was killed by SIGKILL; starting it again" in up.log()
-    check_run(up, 12)
+    assert "runtime was stopped from outside; starting it again" in up.log()
+    check_run(up, 14)
     report = json.loads((up.run.path / "report.json").read_text())
     assert report["after"]["overall"]["n"] == 10
     assert (up.run.path / "report.html").stat().st_size > 10_000
@@ -144,6 +154,12 @@ def test_control_c_stops_everything_and_the_same_command_goes_on(up: Deployment)
     assert f"page: {url}" in up.log()
     with urllib.request.urlopen(f"{url}/healthz", timeout=30) as answer:
         assert answer.status == 200
+    config = up.run.config.read_bytes()
+    second = subprocess.run(
+        [*up.command, "--set", "seed=7"], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+    )
+    assert second.returncode == 1 and f"process {up.process.pid if up.process else 0} is at work" in second.stderr
+    assert up.run.config.read_bytes() == config and up.children() == children
     assert up.interrupt() == 1
     assert all(not Path(f"/proc/{pid}").exists() for pid in children.values())
     assert re.search(r"goes on from here", up.log())

@@ -35,6 +35,9 @@ def test_known_bets() -> None:
     # A failure after nine successes is among one failure: rank 0 to 0.1.
     assert rank_bet(np.append(np.ones(9), 0.0), "fell") == pytest.approx(10 * 0.1**POWERS)
     assert rank_bet(np.append(np.zeros(1), np.ones(9)), "fell") == pytest.approx((1 - 0.1**POWERS) / 0.9)
+    # As if a failure had been seen once more: rank 0 to 2/11, and 1/11 to 1 where there was none else.
+    assert rank_bet(np.append(np.ones(9), 0.0), "fell", 0.0) == pytest.approx((2 / 11) ** (POWERS - 1))
+    assert rank_bet(np.ones(10), "fell", 0.0) == pytest.approx((1 - (1 / 11) ** POWERS) * 11 / 10)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), directions)
@@ -43,18 +46,22 @@ def test_a_bet_is_fair_whichever_of_the_values_comes_last(numbers: list[int], di
     values = np.array(numbers, float)
     bets = [rank_bet(np.roll(values, i), direction) for i in range(len(values))]
     assert np.mean(bets, axis=0) == pytest.approx(np.ones(len(POWERS)))
+    worst = min(numbers) if direction == "fell" else max(numbers)
+    for seen in (worst, -4 if direction == "fell" else 4):
+        bets = [rank_bet(np.roll(values, i), direction, seen) for i in range(len(values))]
+        assert (np.mean(bets, axis=0) <= 1 + 1e-9).all()
 
 
 @pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (0.0, 0.0, 1.0, 1.0, 1.0, 0.0)])
 def test_over_all_orders_the_sum_is_on_average_the_number_of_episodes(values: tuple[float, ...]) -> None:
-    """From this and Doob's inequality all that is promised follows: two of the record, four episodes watched."""
+    """From this and Doob's inequality follows what is promised without ties: two are the record, four are watched."""
     rule = DriftRule(record_episodes=2, false_alarm=0.5, window_episodes=1000)
     sums = []
     for order in permutations(values):
-        monitor = DriftMonitor(["success"], rule)
+        monitor = DriftMonitor(["steps"], rule)
         for value in order:
-            monitor.add({"success": value})
-        sums.append(monitor.evidence()["success"] * 1000 / 0.25)
+            monitor.add({"steps": value})
+        sums.append(monitor.evidence()["steps"] * 1000 / 0.25)
     assert np.mean(sums) == pytest.approx(4)
 
 
@@ -104,6 +111,20 @@ def test_a_change_is_found_soon_and_named(changed: dict[str, float], statistic: 
             assert (drift.recent < drift.record) == (direction == "fell")
             found_after.append(monitor.episodes - 200)
     assert len(found_after) == 9 and np.median(found_after) <= 40
+
+
+def test_a_rare_failure_is_no_drift() -> None:
+    """Of 60 monitors that see a failure in 500 episodes at most 3 may alarm; what they see alike must not add up."""
+    alarmed = 0
+    for seed in range(60):
+        rng, monitor = np.random.default_rng(seed), DriftMonitor(("success", "steps"))
+        for failed in rng.random(1100) < 0.002:
+            monitor.add({"success": float(not failed)})
+        alarmed += bool(monitor.drifts)
+    assert alarmed <= 1
+    monitor = DriftMonitor(("success", "steps"))
+    for success in [1.0] * 2000 + [0.0]:
+        assert monitor.add({"success": success}) == []
 
 
 def test_getting_better_is_no_drift_of_the_outcomes() -> None:

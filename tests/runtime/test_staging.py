@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -687,3 +688,118 @@ def test_the_gate_of_the_deployment_counts(scene: Scene) -> None:
     scene.look()
     scene.start(replace(CONFIG, gate=GateRule(max_divergence=0.01)))
     assert scene.stages(scene.announce(0.11))[-1] == "rejected"
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The next note of a version that comes to this stage does not reach the registry."""
+    enter, failed = Registry.enter, []
+
+    def failing(self: Registry, version: str, to: Any, **rest: Any) -> None:
+        if to == stage and not failed:
+            failed.append(version)
+            raise RegistryError("registry.sqlite: database or disk is full; free some space")
+        enter(self, version, to, **rest)
+
+    monkeypatch.setattr(Registry, "enter", failing)
+
+
+def test_a_rollback_whose_note_fails_is_made_once_and_noted_later(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middle = second_live(scene)
+    last = scene.announce(0.12)
+    scene.staging.govern("promote", "", "Ada")
+    for _ in range(25):
+        scene.write(last)
+    scene.look()
+    fail_once(monkeypatch, "rejected")
+    for _ in range(10):
+        scene.write(last, status="timeout")
+    with pytest.raises(RegistryError):
+        scene.look()
+    for _ in range(3):
+        scene.write(middle)
+        scene.look()
+    assert scene.staging().version == middle, "its own episodes went well"
+    assert scene.stages(middle)[-1] == "live" and scene.stages(last)[-1] == "retired"
+
+
+def test_a_canary_whose_end_could_not_be_noted_ends_later(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = scene.announce(0.12)
+    fail_once(monkeypatch, "rejected")
+    with pytest.raises(RegistryError):
+        scene.run_canary(candidate, never, always)
+    assert scene.registry.stage(candidate) == "canary"
+    assert scene.look()["candidate"] == "" and scene.why(candidate)[0].startswith("canary: worse after")
+
+
+def test_a_promotion_whose_note_failed_is_noted_later(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = scene.announce(0.12)
+    fail_once(monkeypatch, "retired")
+    with pytest.raises(RegistryError):
+        scene.run_canary(candidate, always, never)
+    assert scene.staging().version == candidate and scene.registry.stage(candidate) == "canary"
+    scene.write(candidate)
+    scene.look()
+    assert (scene.stages(candidate)[-1], scene.stages(scene.first)[-1]) == ("live", "retired")
+
+
+def test_one_whose_verdict_at_the_gate_could_not_be_noted_is_rejected_later(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_once(monkeypatch, "canary")
+    with pytest.raises(RegistryError):
+        scene.announce(0.12)
+    candidate = scene.bundle(0.12)
+    assert scene.registry.stage(candidate) == "candidate"
+    scene.look()
+    assert scene.registry.stage(candidate) == "rejected"
+
+
+def test_without_the_bundle_to_go_back_to_the_canary_goes_on(scene: Scene) -> None:
+    live = second_live(scene)
+    shutil.rmtree(scene.run.policies / scene.first)
+    scene.start()
+    for _ in range(25):
+        scene.write(live)
+    scene.look()
+    candidate = scene.announce(0.12)
+    for _ in range(15):
+        scene.write(live, status="timeout")
+        scene.write(candidate, status="timeout")
+    assert scene.seen() == (15, 15)
+    assert scene.staging().version == live
+    assert len([text for text in scene.said if "cannot come back" in text]) == 1
+
+
+def test_after_a_restart_what_was_labelled_since_does_not_drift(scene: Scene) -> None:
+    live = second_live(scene)
+    for _ in range(25):
+        scene.write(live)
+    unjudged = [scene.write(live, status="unjudged") for _ in range(20)]
+    scene.look()
+    for episode in unjudged:
+        scene.log.index.label(episode, "failure", "Ada")
+    scene.start()
+    scene.look()
+    assert scene.staging().version == live and not scene.staging.standing()["drifts"]
+
+
+def test_an_index_that_was_made_anew_is_followed(scene: Scene) -> None:
+    for _ in range(5):
+        scene.write(scene.first)
+    second_live(scene)
+    scene.log.close()
+    for path in scene.run.episodes.glob("index.sqlite*"):
+        path.unlink()
+    for path in sorted((scene.run.episodes / "done").iterdir())[:3]:
+        path.unlink()
+    scene.log, scene.count = EpisodeLog(scene.run.episodes), 2
+    scene.start()
+    candidate = scene.announce(0.12)
+    scene.count = 100
+    for _ in range(2):
+        scene.write(candidate)
+    until(lambda: scene.log.index.count() == 4, "the episodes to be stored")
+    scene.staging.look()
+    assert scene.staging.standing()["evidence"]["candidate_episodes"] == 2

@@ -75,6 +75,7 @@ def never(message: str) -> None:
 
 def test_a_child_that_ends_well_is_not_started_again(make: Make) -> None:
     child = make("print('done')")
+    child.ends = True
     child.start()
     until(lambda: child.keep_alive(never) == 0, "the child to end")
     assert child.keep_alive(never) == 0
@@ -121,6 +122,16 @@ def test_pauses_grow_and_failures_are_bounded(make: Make, monkeypatch: pytest.Mo
     message = str(caught.value)
     assert "child failed with exit code 3" in message
     assert "no camera on /dev/video0" in message and str(child.log) in message
+
+
+def test_one_that_is_to_go_on_is_started_again_however_it_ended(make: Make) -> None:
+    """A runtime and a robot's worker that somebody stops by a signal leave in order, with exit code 0."""
+    child = make("print('left in order')")
+    child.start()
+    warnings: list[str] = []
+    until(lambda: child.keep_alive(warnings.append) is None and bool(warnings), "the end to be seen")
+    assert "was stopped from outside" in warnings[0]
+    until(lambda: child.keep_alive(never) is None and child.restarts == 1, "the restart")
 
 
 class Clock:

@@ -71,7 +71,7 @@ class Robot:
         self._backend = make_backend(BACKEND)
         self._backend.connect()
         self._policy: Policy | None = None
-        self._count = len(self._log.index.after(0, 10**6))
+        self._count = max((int(row.episode, 16) for row in self._log.index.after(0, 10**6)), default=0)
 
     def run(
         self,

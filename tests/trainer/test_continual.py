@@ -415,7 +415,52 @@ def test_an_operator_who_goes_back_is_followed(run: RunDir, robot: Robot) -> Non
     assert line["staleness_versions_max"] == 1
     assert registry.get(line["version"]).parent == wanted
     assert registry.live() == line["version"] != left
-    assert any("made live in place of" in warning for warning in warnings)
+    assert any(f"{wanted[:12]} is live, not {left[:12]}" in warning for warning in warnings)
+
+
+def test_what_was_made_of_a_version_that_was_left_meanwhile_is_not_announced(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run)
+    for _ in range(3):
+        iterate(trainer, robot)
+    registry = Registry(run.registry)
+    left, wanted = trainer.version, registry.previous()
+    assert wanted is not None
+    learn = trainer._learn_policy
+
+    def go_back_meanwhile(*arguments: Any) -> Any:
+        registry.set_live(wanted, why="rollback")
+        return learn(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_learn_policy", go_back_meanwhile)
+        made = iterate(trainer, robot)["version"]
+    assert registry.get(made).parent == left
+    assert registry.live() == trainer.version == wanted
+    line = iterate(trainer, robot)
+    assert registry.get(line["version"]).parent == wanted and registry.live() == line["version"]
+
+
+def test_after_its_index_was_made_anew_a_log_is_gone_on_with(run: RunDir, robot: Robot) -> None:
+    warnings: list[str] = []
+    trainer = make_trainer(run)
+    for _ in range(3):
+        iterate(trainer, robot)
+    robot.close()
+    index, held = EpisodeIndex(run.episodes), set(trainer._buffer.own_episodes())
+    rows = index.after(0)
+    gone = [row for row in rows if row.episode not in held]
+    assert gone, "retention may delete some of them"
+    for path in [*map(index.path, gone), *run.episodes.glob("index.sqlite*")]:
+        path.unlink()
+    again = Robot(run)
+    try:
+        trainer = make_trainer(run, warnings=warnings)
+        assert any(f"the {len(rows) - len(gone)} that it has count as learned from" in said for said in warnings)
+        assert iterate(trainer, again)["episodes"] == 4
+    finally:
+        again.close()
 
 
 def changed(**sections: dict[str, Any]) -> TrainerConfig:

@@ -126,7 +126,7 @@ def test_after_a_rejection_it_goes_on_from_the_live_version(scene: Scene) -> Non
     live = read_bundle(scene.run.policies / scene.live).weights
     assert all(np.array_equal(weights[0][name], array) for name, array in live.items())
     assert scene.registry.get(line["version"]).parent == scene.live
-    assert any(f"{scene.live[:12]} was made live in place of {rejected[:12]}" in said for said in scene.said)
+    assert any(f"{scene.live[:12]} is live, not {rejected[:12]}" in said for said in scene.said)
     # What the rejected one did is a version old, what the live one did is not.
     assert (line["episodes"], line["staleness_versions_max"], line["dropped_stale"]) == (8, 1, 0)
     assert 0 < line["staleness_versions"] < 1 and line["ratio_error"] < 0.02
