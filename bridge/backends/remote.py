@@ -151,23 +151,22 @@ class Remote:
     def stop(self) -> None:
         """Stop the robot over a connection of its own.
 
-        When the session is lost the message is sent but not waited for: the far side stops the robot by itself.
+        When the session is lost the far side stops the robot by itself, once it has heard nothing for its `silence_s`.
+        For so long it is asked whether that was so; raises `BackendError` where it does not say it.
         """
         session = self._session
         if session is None:
             return
-        message = Stop(session=session.name)
-        if session.lost:
-            session.stop.tell(message)
-        else:
-            self._ask(session, session.stop, message, Done)
+        timeout_s = self._described.silence_s if session.lost else self._options.timeout_s
+        self._ask(session, session.stop, Stop(session=session.name), Done, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Stop and close the far backend, and leave it to others; idempotent."""
         session = self._session
         try:
             if session is not None and not session.lost:
-                self._ask(session, session.loop, Bye(session=session.name), Done, slow=True)
+                timeout_s = self._options.slow_timeout_s
+                self._ask(session, session.loop, Bye(session=session.name), Done, timeout_s=timeout_s)
         finally:
             self._drop()
 
@@ -217,7 +216,10 @@ class Remote:
             raise BackendError("remote is not connected; call connect() first")
         if session.lost:
             raise BackendError(f"{session.lost}; the robot stops by itself; call connect() again")
-        return self._ask(session, session.loop, message(session=session.name, **fields), kind, arrays, slow=slow)
+        timeout_s = self._options.slow_timeout_s if slow else None
+        return self._ask(
+            session, session.loop, message(session=session.name, **fields), kind, arrays, timeout_s=timeout_s
+        )
 
     def _ask(
         self,
@@ -227,12 +229,11 @@ class Remote:
         kind: type[R],
         arrays: Arrays | None = None,
         *,
-        slow: bool = False,
+        timeout_s: float | None = None,
     ) -> tuple[R, dict[str, NDArray[Any]]]:
         """Ask. Whatever goes wrong is a `BackendError`; all but an error of the backend itself loses the session."""
-        timeout_s = self._options.slow_timeout_s if slow else self._options.timeout_s
         try:
-            return line.ask(message, kind, arrays, timeout_s=timeout_s)
+            return line.ask(message, kind, arrays, timeout_s=timeout_s or self._options.timeout_s)
         except RefusedError as error:
             refused = error.refused
             text = f"{self._options.endpoint}: {refused.message}"

@@ -96,12 +96,12 @@ class BackendServer:
         self._ownership = Ownership(silence_s)
         self._described = Described(spec=backend.spec, expert=isinstance(backend, HasExpert), silence_s=silence_s)
         self._listener = Listener(endpoint, keys, setting="--bind", receive_hwm=RECEIVE_HWM)
-        self._jobs: queue.SimpleQueue[_Job | _DeadMan] = queue.SimpleQueue()
+        self._jobs: queue.Queue[_Job | _DeadMan] = queue.Queue()
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         self._bell = Bell()
         self._closing = threading.Event()
         self._door = threading.Thread(target=self._keep_door, name="door", daemon=True)
-        self._connected = self._busy = False
+        self._connected = False
         self._not_stopped = ""
         """The owner that has fallen silent, until the robot has been stopped since."""
         self._beside: threading.Thread | None = None
@@ -120,11 +120,10 @@ class BackendServer:
                     if self._not_stopped:
                         self._stop_for_silence(self._not_stopped)
                     continue
-                self._busy = True
                 try:
                     self._work(job)
                 finally:
-                    self._busy = False
+                    self._jobs.task_done()
         finally:
             try:
                 self._disconnect()
@@ -180,7 +179,10 @@ class BackendServer:
                     raise BackendError(f"{self._described.spec.name} has no expert")
                 return _action(backend.expert_action())
             case Stop():
+                if not self._connected:
+                    raise BackendError("the robot is not connected here; this side may have been started again")
                 backend.stop()
+                self._not_stopped = ""
             case Bye():
                 self._disconnect()
                 self._say("the client has left; the robot is free")
@@ -202,8 +204,10 @@ class BackendServer:
             self._say(f"{client!r} is silent for {silence_s:g} s: the robot was stopped, and is free")
 
     def _stop_beside(self) -> None:
-        """Tell the backend to stop while it is in another call; the stop in its turn follows. Of the door's thread."""
-        if not self._busy or (self._beside is not None and self._beside.is_alive()):
+        """Tell the backend to stop while it is in another call, or about to be; the stop in its turn follows. Of the
+        door's thread.
+        """
+        if not self._jobs.unfinished_tasks or (self._beside is not None and self._beside.is_alive()):
             return
 
         def stop() -> None:
@@ -287,6 +291,8 @@ class BackendServer:
             case Beat():
                 self._ownership.hear(message.session)
                 return False
+            case Stop() if self._ownership.owner is None:
+                pass  # from one that was too silent: it wants to know that the robot is stopped
             case Stop() | Bye():
                 self._ownership.admit(message.session, message.request, late=True)
             case _:

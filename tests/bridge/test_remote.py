@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,29 @@ from cable import Cable
 from far_robot import Robot, Silent
 from msgspec.structs import replace
 
-from bridge.backend import Backend, BackendError, HasExpert
+from bridge.backend import Backend, BackendError, BackendSpec, HasExpert
 from bridge.backends import make_backend
 from bridge.backends.point import Point, PointOptions
 from bridge.backends.remote import Remote, RemoteOptions
 from bridge.client import RefusedError
-from bridge.config import BackendConfig, BridgeConfig, ConfigError
+from bridge.config import BackendConfig, BridgeConfig, ConfigError, SafetyConfig
 from bridge.drive import drive
+from bridge.guard import Guard
 from bridge.keys import make_keys
 from bridge.messages import TensorInfo
 from bridge.remote.line import Line
-from bridge.remote.messages import REMOTE_PROTOCOL, Apply, Claim, Describe, Described, Done, Observe, Observed, Stop
+from bridge.remote.messages import (
+    REMOTE_PROTOCOL,
+    Apply,
+    Claim,
+    Describe,
+    Described,
+    Done,
+    Observe,
+    Observed,
+    Reset,
+    Stop,
+)
 from bridge.remote.server import BackendServer
 
 ENOUGH_S = 30.0
@@ -331,6 +343,78 @@ def test_a_stop_reaches_the_backend_while_it_is_in_another_call(start: Start) ->
     assert far.robot.calls[:4] == ["connect", "reset", "stop", "stop"], "beside it, and in its turn"
 
 
+def test_a_stop_reaches_the_backend_also_right_before_another_call(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    class Slow(Robot):
+        def reset(self, task: str, seed: int) -> None:
+            super().reset(task, seed)
+            assert told.wait(ENOUGH_S), "nobody has told it to stop"
+
+        def stop(self) -> None:
+            super().stop()
+            told.set()
+
+    far = start(Slow())
+    remote = far.connected()
+    work = far.server._work
+
+    def late(job: Any) -> None:
+        if isinstance(getattr(job, "message", None), Reset):
+            assert told.wait(ENOUGH_S), "a reset that is about to begin is a call too"
+        work(job)
+
+    monkeypatch.setattr(far.server, "_work", late)
+    resetting = threading.Thread(target=remote.reset, args=("reach", 0))
+    resetting.start()
+    wait_until(lambda: far.server._jobs.unfinished_tasks, "the reset has not come")
+    remote.stop()
+    resetting.join(ENOUGH_S)
+    assert not resetting.is_alive() and far.robot.calls[:3] == ["connect", "stop", "reset"]
+
+
+def test_the_stop_of_a_lost_session_is_confirmed_or_an_error(start: Start) -> None:
+    far = start(silence_s=1.0)
+    remote = far.connected(timeout_s=1.0)
+    remote._session.lose("an answer came too late")  # type: ignore[union-attr]
+    remote.stop()
+    assert far.robot.calls[-1] == "stop"
+    wait_until(lambda: any("the robot was stopped" in line for line in far.said), "the owner stays one for ever")
+    remote.stop()  # nobody's by now; it says all the same that it is stopped
+    remote._session.cut()  # type: ignore[union-attr]
+    with pytest.raises(BackendError):
+        remote.stop()
+
+
+def test_a_robot_whose_far_side_cannot_stop_it_is_not_called_stopped(start: Start) -> None:
+    class Deaf(Robot):
+        deaf = True
+
+        @property
+        def spec(self) -> BackendSpec:
+            return replace(super().spec, paced=True)
+
+        def stop(self) -> None:
+            super().stop()
+            if self.deaf:
+                raise BackendError("servo 3 has not confirmed it")
+
+    far = start(Deaf(), silence_s=0.5)
+    remote = far.connected(timeout_s=1.0)
+    guard = Guard(remote, SafetyConfig(), warn=lambda text: None)
+    guard.begin("e", lambda: remote.reset("reach", 0))
+    remote._session.lose("an answer came too late")  # type: ignore[union-attr]
+    guard.stop("by the operator")
+    for _ in range(3):
+        guard.tick()
+        assert guard.state[0] == "stopping" and "servo 3" in guard.state[1]
+    far.robot.deaf = False
+    guard.tick()
+    assert guard.state[0] == "stopped"
+
+
 def test_a_robot_that_did_not_stop_for_a_silent_owner_is_told_until_it_does(start: Start) -> None:
     class Deaf(Robot):
         times = 0
@@ -404,7 +488,7 @@ def test_a_backend_that_does_not_connect_says_why_and_the_next_client_tries_agai
 
 def test_a_far_side_that_is_killed_in_an_episode_is_an_error_by_the_deadline(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/far/backend.sock"
-    far = program("serve", endpoint, "60")
+    far = program("serve", endpoint, "5")
     remote = Remote(RemoteOptions(endpoint, timeout_s=ENOUGH_S))
     remote.connect()
     remote.reset("reach", 0)
@@ -414,7 +498,8 @@ def test_a_far_side_that_is_killed_in_an_episode_is_an_error_by_the_deadline(tmp
     remote._options = replace(remote._options, timeout_s=0.3, slow_timeout_s=0.3)
     with pytest.raises(BackendError, match="fieldtune backend serve"):
         remote.apply(np.zeros(2, np.float32))
-    remote.stop()  # nothing can be done from here, and nothing hides the first error
+    with pytest.raises(BackendError, match="nobody listens"):
+        remote.stop()
     remote._options = replace(remote._options, timeout_s=ENOUGH_S, slow_timeout_s=ENOUGH_S)
     with pytest.raises(BackendError, match=r"call connect\(\) again"):
         remote.observe()  # at once
@@ -437,14 +522,16 @@ def test_a_cut_network_stops_the_robot_and_what_comes_late_moves_nothing(start: 
     remote._options = replace(remote._options, timeout_s=0.3)
     with pytest.raises(BackendError, match="no answer to Apply"):
         remote.apply(np.ones(2, np.float32))
-    remote.stop()
+    with pytest.raises(BackendError, match="no answer to Stop"):
+        remote.stop()
     wait_until(lambda: "stop" in far.robot.calls, "the robot was not stopped")
     cable.whole.set()  # the old command and the old stop arrive
     remote._options = replace(remote._options, timeout_s=ENOUGH_S)
     remote.connect()
     remote.reset("reach", 0)
     remote.close()
-    assert far.robot.calls == ["connect", "reset", "stop", "stop", "close", "connect", "reset", "stop", "close"]
+    calls = [call for call, _ in groupby(far.robot.calls)]  # stopped for its silence, and by the late stop
+    assert calls == ["connect", "reset", "stop", "close", "connect", "reset", "stop", "close"]
 
 
 def test_nobody_answers(tmp_path: Path) -> None:

@@ -343,6 +343,32 @@ def test_a_stop_from_another_thread_ends_the_way_home():
     backend.close()
 
 
+def test_a_stop_that_is_not_confirmed_does_not_sink(arm):
+    """A loaded joint rests below its goal, and one servo that does not answer has the stop told again and again."""
+    arm.reset("reach", 0)
+    lift = arm.emulated.arm.servos[2]
+    advance, droop_ticks = lift.advance, 2 * r.TICKS_PER_DEG
+
+    def loaded(seconds):
+        goal = lift.get(r.GOAL_POSITION)
+        lift.set(r.GOAL_POSITION, round(goal + droop_ticks))
+        advance(seconds)
+        lift.set(r.GOAL_POSITION, goal)
+
+    lift.advance = loaded
+    time.sleep(0.3)
+    arm.emulated.set_fault("missing=6")
+    with pytest.raises(BackendError, match="gripper"):
+        arm.stop()
+    first = lift.position_ticks
+    for _ in range(4):
+        time.sleep(0.2)
+        with pytest.raises(BackendError, match="gripper"):
+            arm.stop()
+    arm.emulated.set_fault("clear")
+    assert lift.position_ticks <= first + 1.5 * droop_ticks
+
+
 def test_holding_does_not_sink(arm):
     arm.reset("reach", 0)
     goal = np.array([0, 10, 0, 0, 0, 50], np.float32)

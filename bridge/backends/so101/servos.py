@@ -34,6 +34,8 @@ class Servos:
         self._slow_ticks_s = min(slow_ticks_s, max_speed_ticks_s)
         self._names = dict(zip(calibration.ids, calibration.names, strict=True))
         self._seen_ticks: dict[int, int] = {}
+        self._held_ticks: dict[int, int] = {}
+        """Where the joints were told to stay; empty while they go."""
         self.stopped = True
         """No goals are sent: before the first `enable`, and since `hold` or `release`."""
 
@@ -89,7 +91,9 @@ class Servos:
         """Torque on, where the joints are now: they do not move. Returns where that is. Raises as `positions`, and
         `BusError` for a servo that has not taken its goal: it would run to the one that it had before.
         """
-        self.stopped = False
+        with self._bus.first():
+            self.stopped = False
+            self._held_ticks.clear()
         ticks = {servo: reading.position_ticks for servo, reading in self._read().items()}
         self._tell(r.GOAL_POSITION.address, self._goal_data(ticks, slow=True), "to stay where it is")
         for servo in self._calibration.ids:
@@ -100,18 +104,22 @@ class Servos:
 
     def hold(self) -> None:
         """Have every joint stay where it is; one that does not answer where it was last seen. Goes before what other
-        threads want. Raises `BusError` naming those that have not confirmed it, `PortError`.
+        threads want. Again and again it is the same place: a joint under load rests a little below its goal, and told
+        to stay there each time it would sink. Raises `BusError` naming those that have not confirmed it, `PortError`.
         """
         with self._bus.first():
             self.stopped = True
-            ids = self._calibration.ids
-            self._decode(self._bus.try_sync_read(ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE, once=True))
-            self._tell(r.GOAL_POSITION.address, self._goal_data(self._seen_ticks, slow=True), "to stay where it is")
+            if not self._held_ticks:
+                ids = self._calibration.ids
+                self._decode(self._bus.try_sync_read(ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE, once=True))
+                self._held_ticks = dict(self._seen_ticks)
+            self._tell(r.GOAL_POSITION.address, self._goal_data(self._held_ticks, slow=True), "to stay where it is")
 
     def release(self) -> None:
         """Torque off. Raises as `hold`."""
         with self._bus.first():
             self.stopped = True
+            self._held_ticks.clear()
             off = dict.fromkeys(self._calibration.ids, r.TORQUE_ENABLE.encode(0))
             self._tell(r.TORQUE_ENABLE.address, off, "to let go")
 
