@@ -165,13 +165,17 @@ def stop_on_signals() -> threading.Event:
     """An event that SIGTERM, SIGINT and the loss of the terminal set, and in a child also the death of its parent. Call
     from the main thread.
 
-    A second signal ends the process at once.
+    A second SIGTERM or SIGINT ends the process at once, since somebody insists. One that follows the loss of terminal
+    or parent does not: whoever shuts a computer down sends both, and a robot has to be stopped first.
     """
     stop = threading.Event()
+    asked = False
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             os._exit(1)
+        asked = True
         stop.set()
 
     signal.signal(signal.SIGTERM, handle)

@@ -186,7 +186,9 @@ class Serving:
 
     def status(self) -> dict[str, Any]:
         """The server's counters."""
-        reply, _ = self.client("status").request(GetStatus(), StatusReply)
+        # A client for each look: tests look hundreds of times, from several threads, and a process has 1024 files.
+        with PolicyClient(self.endpoint, client="status", timeout_s=ENOUGH_S) as client:
+            reply, _ = client.request(GetStatus(), StatusReply)
         return reply.status
 
     @property

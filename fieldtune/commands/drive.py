@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -62,11 +65,18 @@ def drive(
     def report(result: EpisodeReport, assignment: Assignment) -> None:
         if not as_json:
             version = result.versions[-1][:8] if result.versions else "-"
-            out.print(
-                f"{assignment.task} seed {assignment.seed}: {result.status} after {result.steps} steps ({version})"
-            )
+            with suppress(OSError):  # the robot drives on, whether or not its log has room
+                out.print(
+                    f"{assignment.task} seed {assignment.seed}: {result.status} after {result.steps} steps ({version})"
+                )
 
     address = endpoint_ or endpoint(deployment)
+
+    def tell_stop(why: str) -> None:
+        tell("stop", why)
+
+    def tell_reset() -> None:
+        tell("reset")
 
     def tell(command: Command, why: str = "") -> None:
         """To all robots of the runtime, over a connection of its own: the others are busy."""
@@ -76,13 +86,22 @@ def drive(
         except SilentError as error:
             warn(f"{command}: {error}")
 
+    apart: dict[Callable[..., None], threading.Thread] = {}
+
+    def beside(call: Callable[..., None], *arguments: str) -> None:
+        """Make a call on a thread of its own, unless the last one of it still goes on; the keys wait for nothing."""
+        if call not in apart or not apart[call].is_alive():
+            apart[call] = threading.Thread(target=call, args=arguments, name="key", daemon=True)
+            apart[call].start()
+
     def handle(key: str) -> None:
         if key in STOP_KEYS:
             why = f"by a key at {client_name}"
-            guard.stop(why)  # this robot needs no runtime for it
-            tell("stop", why)
+            # Neither waits for the other: this robot needs no runtime for it, and the others not this robot.
+            beside(tell_stop, why)
+            beside(guard.stop, why)
         elif key == "r":
-            tell("reset")
+            beside(tell_reset)
         elif key == "p":
             guard.pause(not guard.paused)
         elif key in ENDING_KEYS:

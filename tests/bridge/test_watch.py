@@ -231,11 +231,11 @@ def test_a_stop_is_obeyed_while_the_hold_of_the_dead_man_hangs(serve: Any) -> No
 
     def hang() -> None:
         hangs.set()
-        go.wait(ENOUGH_S)
+        go.wait(2 * ENOUGH_S)
 
     serving = serve()
     robot = Robot(on={"apply": hang})
-    guard = Guard(robot, SafetyConfig(stop_after_s=ENOUGH_S), warn=lambda message: None)
+    guard = Guard(robot, SafetyConfig(stop_after_s=3 * ENOUGH_S), warn=lambda message: None)
     watcher = Watcher(guard, serving.endpoint, client="arm", keys=None)
     watcher.start()
     try:

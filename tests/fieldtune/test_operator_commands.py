@@ -155,6 +155,54 @@ def test_where_there_is_no_terminal_no_key_is_read(tmp_path: Path) -> None:
         assert not there
 
 
+STUCK = """
+import time
+from pathlib import Path
+from msgspec.structs import replace
+from bridge.backends.point import Point, PointOptions
+
+
+class Stuck(Point):
+    # Its stop() does not return.
+    def __init__(self):
+        super().__init__(PointOptions(size_px=8))
+
+    @property
+    def spec(self):
+        return replace(super().spec, paced=True)
+
+    def stop(self):
+        Path("stopping").touch()
+        time.sleep(600)
+"""
+
+
+def test_the_stop_key_reaches_the_others_while_this_robot_hangs_in_its_stop(
+    serve: Any, fake_policy: Any, tmp_path: Path
+) -> None:
+    serving = serve(policy=fake_policy(value=0.0, log_std=-9.0), horizon_steps=1_000_000)
+    (tmp_path / "stuck.py").write_text(STUCK)
+    config = tmp_path / "stuck.yaml"
+    deployment = {"name": "stuck", "runs": str(tmp_path), "backend": {"name": "stuck:Stuck"}}
+    config.write_text(yaml.safe_dump({**deployment, "runtime": {"serve": {"endpoint": serving.endpoint}}}))
+    master, terminal = pty.openpty()
+    log = tmp_path / "drive.log"
+    with log.open("wb") as output:
+        line = [sys.executable, "-m", "fieldtune", "drive", str(config), "--name", "arm"]
+        process = subprocess.Popen(line, stdin=terminal, stdout=output, stderr=output, cwd=tmp_path)
+    try:
+        until(lambda: serving.status()["robots"].get("arm") == "driving", "the robot to drive")
+        os.write(master, b" ")
+        until(lambda: (tmp_path / "stopping").exists(), "the stop here")
+        until(lambda: serving.status()["stopped"] == "by a key at arm", "the runtime to know")
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(terminal)
+
+
 def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fake_policy: Any, tmp_path: Path) -> None:
     serving = serve(policy=fake_policy(value=0.0, log_std=-9.0), horizon_steps=1_000_000)
     master, terminal = pty.openpty()
@@ -173,7 +221,7 @@ def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fak
     try:
         until(lambda: robot() == "driving" and "keys: space" in log.read_text(), "the robot to drive")
         os.write(master, b"p")
-        until(lambda: robot() == "paused", "the pause")
+        until(lambda: robot() == "paused: at the robot", "the pause")
         os.write(master, b"p")
         until(lambda: robot() == "driving", "the robot to go on")
         os.write(master, b"s")

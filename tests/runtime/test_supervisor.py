@@ -196,6 +196,19 @@ def test_a_process_whose_terminal_is_gone_stops_in_order_unless_it_was_to_outliv
     assert kept.stop(ENOUGH_S) == 0
 
 
+def test_a_signal_that_follows_the_loss_of_the_terminal_does_not_cut_the_stop_short(make: Make) -> None:
+    slow = OBEDIENT.replace('print("stopped', 'import time; time.sleep(1); print("stopped')
+    assert slow != OBEDIENT
+    child = make("import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)" + slow)
+    child.start()
+    up(child)
+    assert child.process is not None
+    child.process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(ENOUGH_S) == 0 and "stopped in order" in text(child)
+
+
 def test_stop_asks_first_and_the_child_may_finish(make: Make) -> None:
     child = make(OBEDIENT)
     child.start()
