@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fieldtune.commands.common import (
     warn,
 )
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
+from runtime.registry import Registry
 from runtime.supervisor import stop_on_signals
 
 ANNOUNCE_TRIES = 6
@@ -136,14 +138,26 @@ def train(config: Config, /, *, overrides: Set = ()) -> int:
 
 def announce(deployment: Deployment, path: Path) -> None:
     """Tell the runtime of a new bundle; a runtime that is being restarted is asked again for about a minute."""
+    registry = Registry(run_dir(deployment).registry)
     for attempt in range(1, ANNOUNCE_TRIES + 1):
         try:
             with connect(deployment, "trainer", ANNOUNCE_TIMEOUT_S) as client:
                 client.request(GetStatus(), StatusReply)
-                # It answers when it has judged; asked again before that, it would judge twice.
-                client.request(Announce(path=str(path.resolve())), Serving, timeout_s=JUDGED_S)
+                client.request(Announce(path=str(path.resolve())), Serving)
                 return
         except SilentError as error:
+            if was_taken(registry, path.name):
+                return
             if attempt == ANNOUNCE_TRIES:
                 raise
             warn(f"{error}; announcing again ({attempt}/{ANNOUNCE_TRIES})")
+
+
+def was_taken(registry: Registry, version: str) -> bool:
+    """Whether a runtime that has not answered an announcement has taken it all the same: it may still judge, and asked
+    again it would judge twice, or it may have ended before it could answer.
+    """
+    judged_by_s = time.monotonic() + JUDGED_S
+    while registry.stage(version) == "candidate" and time.monotonic() < judged_by_s:
+        time.sleep(0.5)
+    return registry.live() == version or registry.stage(version) not in (None, "candidate")

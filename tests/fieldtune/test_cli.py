@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
 from fieldtune.commands.status import status_table
+from fieldtune.commands.train import was_taken
 from runtime.durable import claim
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
@@ -151,6 +153,20 @@ def test_an_import_that_is_not_an_extra_is_a_bug_and_not_hidden(monkeypatch: pyt
     monkeypatch.setitem(COMMANDS, "status", ("fieldtune.commands.no_such_module:x", ""))
     with pytest.raises(ModuleNotFoundError):
         run(["status"])
+
+
+def test_an_announcement_that_was_taken_and_not_answered_is_not_made_again(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry.sqlite")
+    first, second = "a1" * 32, "b2" * 32
+    for version in (first, second):
+        registry.add(version, parent="", made={})
+    registry.set_live(first, why="announced")
+    assert was_taken(registry, first) and not was_taken(registry, second)
+    registry.enter(second, "candidate", why="announced")
+    judged = threading.Timer(0.5, registry.enter, [second, "rejected"], {"why": "gate"})
+    judged.start()
+    assert was_taken(registry, second), "it was at the gate, which has an answer by now"
+    judged.join()
 
 
 def test_a_warning_that_cannot_be_written_stops_nobody() -> None:
