@@ -369,6 +369,23 @@ def test_a_stop_that_is_not_confirmed_does_not_sink(arm):
     assert lift.position_ticks <= first + 1.5 * droop_ticks
 
 
+def test_an_arm_whose_power_was_cut_while_it_did_not_stop_is_held_where_it_fell(arm):
+    arm.reset("reach", 0)
+    arm._servos._bus._timeout_s = 0.2
+    for servos in ([6], [1, 2, 3, 4, 5]):
+        for number in servos:
+            arm.emulated.set_fault(f"missing={number}")
+        with pytest.raises(BackendError, match="has not confirmed it"):
+            arm.stop()
+    lift, fallen = servo(arm, 2), 2048 + 40 * r.TICKS_PER_DEG
+    lift.set(r.TORQUE_ENABLE, 0)
+    lift.position_ticks = fallen
+    arm._servos._bus._timeout_s = 2.0
+    arm.emulated.set_fault("clear")
+    arm.stop()
+    assert abs(lift.get(r.GOAL_POSITION) - fallen) <= 1, "it would rise where a hand may be"
+
+
 def test_holding_does_not_sink(arm):
     arm.reset("reach", 0)
     goal = np.array([0, 10, 0, 0, 0, 50], np.float32)

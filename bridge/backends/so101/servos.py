@@ -35,7 +35,7 @@ class Servos:
         self._names = dict(zip(calibration.ids, calibration.names, strict=True))
         self._seen_ticks: dict[int, int] = {}
         self._held_ticks: dict[int, int] = {}
-        """Where the joints were told to stay; empty while they go."""
+        """Where joints were told to stay and have confirmed it; empty while they go."""
         self.stopped = True
         """No goals are sent: before the first `enable`, and since `hold` or `release`."""
 
@@ -104,16 +104,22 @@ class Servos:
 
     def hold(self) -> None:
         """Have every joint stay where it is; one that does not answer where it was last seen. Goes before what other
-        threads want. Again and again it is the same place: a joint under load rests a little below its goal, and told
-        to stay there each time it would sink. Raises `BusError` naming those that have not confirmed it, `PortError`.
+        threads want. One that has confirmed it is told the same place again: a joint under load rests a little below
+        its goal, and told to stay there each time it would sink. One that has not is asked anew where it is: its power
+        may have been cut, and then it has fallen. Raises `BusError` naming those that have not confirmed it,
+        `PortError`.
         """
         with self._bus.first():
             self.stopped = True
-            if not self._held_ticks:
-                ids = self._calibration.ids
-                self._decode(self._bus.try_sync_read(ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE, once=True))
-                self._held_ticks = dict(self._seen_ticks)
-            self._tell(r.GOAL_POSITION.address, self._goal_data(self._held_ticks, slow=True), "to stay where it is")
+            ids = [servo for servo in self._calibration.ids if servo not in self._held_ticks]
+            self._decode(self._bus.try_sync_read(ids, r.PRESENT_ADDRESS, r.PRESENT_SIZE, once=True))
+            ticks = self._seen_ticks | self._held_ticks
+            try:
+                self._tell(r.GOAL_POSITION.address, self._goal_data(ticks, slow=True), "to stay where it is")
+            except BusError as error:
+                self._held_ticks = {servo: goal for servo, goal in ticks.items() if servo not in error.missing}
+                raise
+            self._held_ticks = ticks
 
     def release(self) -> None:
         """Torque off. Raises as `hold`."""
