@@ -75,7 +75,7 @@ class Remote:
     Images and vectors of an observation cannot be written: they lie where the network put them.
 
     Once a call was not answered, the session is lost: the far side hears no more signs of life and stops the robot, and
-    every later call is an error until `connect`.
+    every later call but `stop` is an error until `connect`, or `reset`, which connects anew.
     """
 
     def __init__(self, options: RemoteOptions) -> None:
@@ -96,6 +96,7 @@ class Remote:
         self._client = f"{socket.gethostname()}-{os.getpid()}"[-MAX_NAME:]
         self._numbers = itertools.count(1)
         self._session: _Session | None = None
+        self._stop_asked = threading.Event()
         with _Session(self._line) as session:
             self._described, _ = self._ask(session, session.loop, Describe(protocol=REMOTE_PROTOCOL), Described)
         if self._described.expert:
@@ -112,19 +113,29 @@ class Remote:
         An owner that has died is waited for until the far side notices; raises `BackendError` with the name of one that
         lives. If connected already, does nothing.
         """
-        if self._session is not None and not self._session.lost:
+        old = self._session
+        if old is not None and not old.lost:
             return
-        self._drop()
         session = _Session(self._line)
         try:
             self._claim(session)
         except BaseException:
             session.close()
             raise
+        # Not before: where nobody can be connected to, a stop is still asked of the lost session, and not confirmed.
         self._session = session
+        if old is not None:
+            old.close()
 
     def reset(self, task: str, seed: int) -> None:
-        """Reset the far backend."""
+        """Reset the far backend. If the session is lost it is connected anew before; raises `BackendError` where a stop
+        comes meanwhile.
+        """
+        if self._session is not None and self._session.lost:
+            self._stop_asked.clear()
+            self.connect()
+            if self._stop_asked.is_set():
+                raise BackendError("remote was stopped while it connected anew")
         self._call(Reset, Done, slow=True, task=task, seed=seed)
 
     def observe(self) -> Observation:
@@ -151,13 +162,16 @@ class Remote:
     def stop(self) -> None:
         """Stop the robot over a connection of its own.
 
-        When the session is lost the far side stops the robot by itself, once it has heard nothing for its `silence_s`.
-        For so long it is asked whether that was so; raises `BackendError` where it does not say it.
+        Raises `BackendError` where the far side does not say that it has. It is asked also when the session is lost:
+        whether it has stopped the robot by itself is not known here.
         """
+        self._stop_asked.set()
         session = self._session
         if session is None:
             return
-        timeout_s = self._described.silence_s if session.lost else self._options.timeout_s
+        timeout_s = self._options.timeout_s
+        if session.lost:
+            timeout_s = min(timeout_s, self._described.silence_s)
         self._ask(session, session.stop, Stop(session=session.name), Done, timeout_s=timeout_s)
 
     def close(self) -> None:
@@ -231,13 +245,15 @@ class Remote:
         *,
         timeout_s: float | None = None,
     ) -> tuple[R, dict[str, NDArray[Any]]]:
-        """Ask. Whatever goes wrong is a `BackendError`; all but an error of the backend itself loses the session."""
+        """Ask. Whatever goes wrong is a `BackendError`; all but an error of the backend itself, and a stop that was
+        quicker, loses the session.
+        """
         try:
             return line.ask(message, kind, arrays, timeout_s=timeout_s or self._options.timeout_s)
         except RefusedError as error:
             refused = error.refused
             text = f"{self._options.endpoint}: {refused.message}"
-            if refused.code != "internal":
+            if refused.code not in ("internal", "replayed"):
                 session.lose(text)
             raise BackendError(text) from error
         except SilentError as error:
@@ -313,6 +329,8 @@ class _Session:
         self._silent.set()
         if self._thread is not None:
             self._thread.join()
+        for line in (self.loop, self.stop):
+            line.close()  # when no other thread asks on it
         self._context.destroy(linger=0)
 
     def __enter__(self) -> _Session:

@@ -3,7 +3,7 @@
 Two threads. The one that calls `run` touches the backend, and nobody else does: drivers and OpenGL contexts often want
 that. The other one, the door, owns the socket: it checks, refuses, hears signs of life and notices their absence while
 a call is under way. A stop that comes then is also told the backend at once, from a third thread, as `Backend.stop`
-allows; a reset may take its time.
+allows; a reset may take its time. It is told again until its turn comes.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ class BackendServer:
         self._connected = False
         self._not_stopped = ""
         """The owner that has fallen silent, until the robot has been stopped since."""
+        self._stop_due: _Job | _DeadMan | None = None
+        """The last stop that was put into the queue, and the last one whose turn has come."""
+        self._stop_begun: _Job | _DeadMan | None = None
         self._beside: threading.Thread | None = None
         self.endpoint = self._listener.endpoint
 
@@ -121,9 +124,13 @@ class BackendServer:
                         self._stop_for_silence(self._not_stopped)
                     continue
                 try:
-                    self._work(job)
+                    answer = self._work(job)
                 finally:
                     self._jobs.task_done()
+                # Only now: a stop that follows an answer finds no call before it.
+                if answer is not None:
+                    self._answers.put(answer)
+                    self._bell.ring()
         finally:
             try:
                 self._disconnect()
@@ -136,20 +143,20 @@ class BackendServer:
 
     # --- the backend's thread ---------------------------------------------------------------------------------------
 
-    def _work(self, job: _Job | _DeadMan) -> None:
+    def _work(self, job: _Job | _DeadMan) -> _Answer | None:
+        if isinstance(job, _DeadMan) or isinstance(job.message, Stop):
+            self._stop_begun = job
         if isinstance(job, _DeadMan):
             self._stop_for_silence(job.client)
-            return
+            return None
         try:
             message, arrays = self._carry_out(job.message, job.arrays)
-            answer = _Answer(job, message, arrays)
+            return _Answer(job, message, arrays)
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is told to the owner
             text = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
             call = type(job.message).__name__
             self._say(f"{call}: {text}")
-            answer = _Answer(job, Refused(code="internal", field=call, message=text))
-        self._answers.put(answer)
-        self._bell.ring()
+            return _Answer(job, Refused(code="internal", field=call, message=text))
 
     def _carry_out(self, message: FarRequest, arrays: Arrays) -> tuple[Message, Arrays | None]:
         """Make one call of the backend; raises what it raises."""
@@ -203,18 +210,27 @@ class BackendServer:
             self._not_stopped = ""
             self._say(f"{client!r} is silent for {silence_s:g} s: the robot was stopped, and is free")
 
-    def _stop_beside(self) -> None:
-        """Tell the backend to stop while it is in another call, or about to be; the stop in its turn follows. Of the
-        door's thread.
+    def _put_stop(self, job: _Job | _DeadMan) -> None:
+        """Have a stop take its turn, and tell the backend of it at once if other calls come before. That is told again
+        and again until then: a reset that was about to begin lifts a stop that came before it. Of the door's thread.
         """
-        if not self._jobs.unfinished_tasks or (self._beside is not None and self._beside.is_alive()):
+        busy = self._jobs.unfinished_tasks
+        self._stop_due = job
+        self._jobs.put(job)
+        if not busy or (self._beside is not None and self._beside.is_alive()):
             return
 
         def stop() -> None:
-            try:
-                self._backend.stop()
-            except Exception as error:  # noqa: BLE001 - the stop in its turn tells the owner of what it meets
-                self._say(f"stop() beside another call: {type(error).__name__}: {error}")
+            said = False
+            while self._stop_begun is not self._stop_due:
+                try:
+                    self._backend.stop()
+                except Exception as error:  # noqa: BLE001 - the stop in its turn tells the owner of what it meets
+                    if not said:
+                        self._say(f"stop() beside another call: {type(error).__name__}: {error}")
+                    said = True
+                if self._closing.wait(LOOK_S):
+                    return
 
         self._beside = threading.Thread(target=stop, name="stop", daemon=True)
         self._beside.start()
@@ -248,8 +264,7 @@ class BackendServer:
                 self._receive()
             silent = self._ownership.take_from_silent()
             if silent is not None:
-                self._stop_beside()
-                self._jobs.put(_DeadMan(silent.client))
+                self._put_stop(_DeadMan(silent.client))
 
     def _receive(self) -> None:
         """Hear one message: answer it, refuse it, or hand it to the backend's thread."""
@@ -269,9 +284,9 @@ class BackendServer:
         else:
             if isinstance(message, Describe):
                 self._send(identity.bytes, message.request, self._described)
+            elif isinstance(message, Stop):
+                self._put_stop(_Job(identity.bytes, message, arrays))
             else:
-                if isinstance(message, Stop):
-                    self._stop_beside()
                 self._jobs.put(_Job(identity.bytes, message, arrays))
 
     def _admit(self, message: FarRequest, arrays: Arrays) -> bool:

@@ -307,6 +307,19 @@ def test_a_call_that_a_stop_has_overtaken_moves_nothing(start: Start) -> None:
     context.destroy(linger=0)
 
 
+def test_a_call_that_a_stop_has_overtaken_does_not_lose_the_session(start: Start) -> None:
+    far = start()
+    remote = far.connected()
+    remote._numbers = count(11)
+    remote.stop()
+    remote._numbers = count(10)
+    with pytest.raises(BackendError, match="10 comes after 11 and is too late"):
+        remote.reset("reach", 0)
+    remote._numbers = count(12)
+    remote.reset("reach", 0)
+    assert far.robot.calls == ["connect", "stop", "reset"]
+
+
 def test_a_stop_does_not_wait_for_the_answer_to_another_call(start: Start) -> None:
     far = start()
     remote = far.connected()
@@ -347,11 +360,13 @@ def test_a_stop_reaches_the_backend_also_right_before_another_call(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = threading.Event()
+    heard: list[bool] = []
 
     class Slow(Robot):
         def reset(self, task: str, seed: int) -> None:
             super().reset(task, seed)
-            assert told.wait(ENOUGH_S), "nobody has told it to stop"
+            told.clear()  # as one does that has the torque on again
+            heard.append(told.wait(ENOUGH_S))
 
         def stop(self) -> None:
             super().stop()
@@ -361,10 +376,10 @@ def test_a_stop_reaches_the_backend_also_right_before_another_call(
     remote = far.connected()
     work = far.server._work
 
-    def late(job: Any) -> None:
+    def late(job: Any) -> Any:
         if isinstance(getattr(job, "message", None), Reset):
             assert told.wait(ENOUGH_S), "a reset that is about to begin is a call too"
-        work(job)
+        return work(job)
 
     monkeypatch.setattr(far.server, "_work", late)
     resetting = threading.Thread(target=remote.reset, args=("reach", 0))
@@ -372,7 +387,12 @@ def test_a_stop_reaches_the_backend_also_right_before_another_call(
     wait_until(lambda: far.server._jobs.unfinished_tasks, "the reset has not come")
     remote.stop()
     resetting.join(ENOUGH_S)
-    assert not resetting.is_alive() and far.robot.calls[:3] == ["connect", "stop", "reset"]
+    assert not resetting.is_alive()
+    assert heard == [True], "nobody has told it to stop since it began"
+    assert [call for call, _ in groupby(far.robot.calls)] == ["connect", "stop", "reset", "stop"]
+    beside: Any = far.server._beside
+    beside.join(ENOUGH_S)
+    assert not beside.is_alive(), "the next reset would be stopped too"
 
 
 def test_the_stop_of_a_lost_session_is_confirmed_or_an_error(start: Start) -> None:
@@ -386,6 +406,60 @@ def test_the_stop_of_a_lost_session_is_confirmed_or_an_error(start: Start) -> No
     remote._session.cut()  # type: ignore[union-attr]
     with pytest.raises(BackendError):
         remote.stop()
+
+
+def test_a_far_side_that_was_started_again_has_stopped_nothing_and_a_reset_drives_on(
+    start: Start, tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/far/backend.sock"
+    first = start(endpoint=endpoint)
+    remote = first.connected()
+    remote.reset("reach", 0)
+    first.stop()
+    remote._session.lose("no answer")  # type: ignore[union-attr]
+    remote._options = replace(remote._options, timeout_s=0.2, slow_timeout_s=0.2)
+    for call in (lambda: remote.reset("reach", 0), remote.stop):  # one that cannot connect makes nothing stopped
+        with pytest.raises(BackendError, match="nobody listens"):
+            call()
+    second = start(endpoint=endpoint)
+    remote._options = replace(remote._options, timeout_s=ENOUGH_S, slow_timeout_s=ENOUGH_S)
+    with pytest.raises(BackendError, match="started again"):
+        remote.stop()
+    remote.reset("reach", 0)
+    remote.stop()
+    assert second.robot.calls == ["connect", "reset", "stop"]
+
+
+def test_a_stop_that_comes_while_a_reset_connects_anew_keeps_the_robot_where_it_is(start: Start) -> None:
+    connecting, stopped = threading.Event(), threading.Event()
+
+    class Slow(Robot):
+        def connect(self) -> None:
+            super().connect()
+            if self.calls.count("connect") == 2:
+                connecting.set()
+                assert stopped.wait(ENOUGH_S)
+
+    far = start(Slow(), silence_s=2.0)
+    remote = far.connected()
+    remote._session.lose("no answer")  # type: ignore[union-attr]
+    said: list[str] = []
+
+    def reset() -> None:
+        try:
+            remote.reset("reach", 0)
+        except BackendError as error:
+            said.append(str(error))
+
+    resetting = threading.Thread(target=reset)
+    resetting.start()
+    assert connecting.wait(ENOUGH_S)
+    with pytest.raises(BackendError, match="does not own the robot"):
+        remote.stop()
+    stopped.set()
+    resetting.join(ENOUGH_S)
+    assert said == ["remote was stopped while it connected anew"] and "reset" not in far.robot.calls
+    remote.stop()
 
 
 def test_a_robot_whose_far_side_cannot_stop_it_is_not_called_stopped(start: Start) -> None:
@@ -516,13 +590,14 @@ def test_a_cut_network_stops_the_robot_and_what_comes_late_moves_nothing(start: 
     far = start(silence_s=2.0)
     cable = Cable(far.endpoint)
     remote = Remote(RemoteOptions(cable.endpoint, timeout_s=ENOUGH_S))
+    far.near.append(remote)
     remote.connect()
     remote.reset("reach", 0)
     cable.whole.clear()
     remote._options = replace(remote._options, timeout_s=0.3)
     with pytest.raises(BackendError, match="no answer to Apply"):
         remote.apply(np.ones(2, np.float32))
-    with pytest.raises(BackendError, match="no answer to Stop"):
+    with pytest.raises(BackendError, match=r"no answer to Stop|nobody listens"):  # its own connection may be new yet
         remote.stop()
     wait_until(lambda: "stop" in far.robot.calls, "the robot was not stopped")
     cable.whole.set()  # the old command and the old stop arrive

@@ -195,6 +195,8 @@ def test_the_stop_key_reaches_the_others_while_this_robot_hangs_in_its_stop(
         os.write(master, b" ")
         until(lambda: (tmp_path / "stopping").exists(), "the stop here")
         until(lambda: serving.status()["stopped"] == "by a key at arm", "the runtime to know")
+        os.write(master, b"r")
+        until(lambda: serving.status()["stopped"] == "", "the next key to be heard")
         assert process.poll() is None
     finally:
         process.kill()
