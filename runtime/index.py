@@ -193,8 +193,9 @@ class EpisodeIndex:
         """The file of an episode; it may be gone if `row.deleted`, now or since the row was read."""
         return self.directory / "done" / row.file
 
-    def hold(self, taken_through_seq: int, held: Iterable[str]) -> None:
+    def hold(self, taken_through_seq: int, taken_labels: int, held: Iterable[str]) -> None:
         """Say what may be deleted to save space: rows up to `taken_through_seq` that are not in `held` (episode ids).
+        One that the robot could not judge stays, too, until its label is among the first `taken_labels`.
 
         Replaces what was said before. Call it only once the state that counts on it (the trainer's checkpoint with its
         cursor and buffer) is on the disk. Until the first call nothing is ever deleted.
@@ -203,6 +204,11 @@ class EpisodeIndex:
             connection.execute("INSERT OR REPLACE INTO taken VALUES (1, ?)", (taken_through_seq,))
             connection.execute("DELETE FROM held")
             connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(episode,) for episode in held])
+            connection.execute(
+                "INSERT OR IGNORE INTO held SELECT episode FROM episodes WHERE status = 'unjudged' AND deleted = 0 "
+                "AND seq <= ? AND episode NOT IN (SELECT episode FROM labels WHERE number <= ?)",
+                (taken_through_seq, taken_labels),
+            )
 
     # --- labels ---------------------------------------------------------------------------------------------------
 

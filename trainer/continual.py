@@ -162,6 +162,10 @@ class ContinualTrainer:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
             self._versions.set_exploration(config.ppo)
+        newest = self._index.list(limit=1)
+        if newest and newest[0].seq < self._state.cursor:
+            self._state.cursor = newest[0].seq
+            warn(f"the index of the episodes was made anew; the {newest[0].seq} that it has count as learned from")
         self._intake = Intake(
             self._index,
             self._versions,
@@ -274,7 +278,7 @@ class ContinualTrainer:
         if self._curves:
             self._curves.add(line)
         self.save()
-        self._index.hold(self._state.cursor, self._buffer.own_episodes())
+        self._index.hold(self._state.cursor, self._state.labels, self._buffer.own_episodes())
         self._follow_live()
         return line
 

@@ -62,10 +62,6 @@ class Intake:
         self._wanted = config.episodes_per_iteration * len(tasks)
         self._stop, self._warn = stop, warn
         self._cursor, self._labels = cursor, labels
-        newest = index.list(limit=1)
-        if newest and newest[0].seq < cursor:
-            self._cursor = newest[0].seq
-            warn(f"the index of the episodes was made anew; the {self._cursor} that it has count as learned from")
         self._awaited: set[str] = set()
         self.waited_s = 0.0
         """How long the last `wait` took."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fieldtune.commands.common import (
     run_dir,
     warn,
 )
+from fieldtune.commands.status import runtime_status
 from fieldtune.deployment import Deployment, find_bundle, load_deployment
 from runtime.registry import Registry
 from runtime.supervisor import stop_on_signals
@@ -140,24 +142,37 @@ def announce(deployment: Deployment, path: Path) -> None:
     """Tell the runtime of a new bundle; a runtime that is being restarted is asked again for about a minute."""
     registry = Registry(run_dir(deployment).registry)
     for attempt in range(1, ANNOUNCE_TRIES + 1):
+        asked_s = time.monotonic()
         try:
             with connect(deployment, "trainer", ANNOUNCE_TIMEOUT_S) as client:
                 client.request(GetStatus(), StatusReply)
                 client.request(Announce(path=str(path.resolve())), Serving)
                 return
         except SilentError as error:
-            if was_taken(registry, path.name):
+            if was_taken(registry, path.name, partial(runs_since, deployment, asked_s)):
                 return
             if attempt == ANNOUNCE_TRIES:
                 raise
             warn(f"{error}; announcing again ({attempt}/{ANNOUNCE_TRIES})")
 
 
-def was_taken(registry: Registry, version: str) -> bool:
-    """Whether a runtime that has not answered an announcement has taken it all the same: it may still judge, and asked
-    again it would judge twice, or it may have ended before it could answer.
+def was_taken(registry: Registry, version: str, still_at_it: Callable[[], bool]) -> bool:
+    """Whether a runtime that has not answered an announcement takes it all the same: it may still load or judge, and
+    asked again it would do so twice, or it may have ended before it could answer.
+
+    `still_at_it` says whether the runtime that was asked still runs.
     """
     judged_by_s = time.monotonic() + JUDGED_S
-    while registry.stage(version) == "candidate" and time.monotonic() < judged_by_s:
+    while registry.live() != version and (stage := registry.stage(version)) in (None, "candidate"):
+        if time.monotonic() >= judged_by_s or (stage is None and not still_at_it()):
+            return False
         time.sleep(0.5)
-    return registry.live() == version or registry.stage(version) not in (None, "candidate")
+    return True
+
+
+def runs_since(deployment: Deployment, asked_s: float) -> bool:
+    """Whether a runtime answers that was started before `asked_s` on the monotonic clock."""
+    try:
+        return runtime_status(deployment, ANNOUNCE_TIMEOUT_S).uptime_s > time.monotonic() - asked_s
+    except SilentError:
+        return False

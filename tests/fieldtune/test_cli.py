@@ -9,22 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
+from fieldtune.commands.common import run_dir
 from fieldtune.commands.status import status_table
-from fieldtune.commands.train import was_taken
+from fieldtune.commands.train import announce, runs_since, was_taken
+from fieldtune.deployment import load_deployment
 from runtime.durable import claim
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from runtime.status import Status
+
+if TYPE_CHECKING:
+    from conftest import Serving
 
 QUICK = ("--set", "trainer.demos.per_task=2", "--set", "trainer.sft.steps=3")
 
@@ -155,18 +160,57 @@ def test_an_import_that_is_not_an_extra_is_a_bug_and_not_hidden(monkeypatch: pyt
         run(["status"])
 
 
+def test_a_bundle_that_takes_long_to_load_is_announced_once(
+    serve: Callable[..., Serving], fake_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fieldtune.commands.train.ANNOUNCE_TIMEOUT_S", 0.3)
+    warnings: list[str] = []
+    monkeypatch.setattr("fieldtune.commands.train.warn", warnings.append)
+    deployment = load_deployment("quickstart")
+    registry = Registry(run_dir(deployment).registry)
+    version = "b" * 64
+    registry.add(version, parent="", made={})
+    loaded: list[str] = []
+
+    def load(bundle: str) -> Any:
+        time.sleep(1.0)
+        loaded.append(bundle)
+        registry.set_live(version, why="announced")
+        return fake_policy(version=version)
+
+    serving = serve(policy=fake_policy())
+    serving.live.change = load
+    deployment = load_deployment("quickstart", [f"bridge.endpoint={serving.endpoint}"])
+    announce(deployment, Path(version))
+    assert len(loaded) == 1 and warnings == []
+    assert runs_since(deployment, time.monotonic())
+    assert not runs_since(deployment, time.monotonic() - 3600.0), "it was started after that"
+    serving.stop()
+    assert not runs_since(deployment, time.monotonic())
+
+
 def test_an_announcement_that_was_taken_and_not_answered_is_not_made_again(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry.sqlite")
-    first, second = "a1" * 32, "b2" * 32
-    for version in (first, second):
+    first, second, third = "a1" * 32, "b2" * 32, "c3" * 32
+    for version in (first, second, third):
         registry.add(version, parent="", made={})
     registry.set_live(first, why="announced")
-    assert was_taken(registry, first) and not was_taken(registry, second)
+    assert was_taken(registry, first, lambda: False)
+    assert not was_taken(registry, second, lambda: False), "the runtime that was asked has ended"
     registry.enter(second, "candidate", why="announced")
     judged = threading.Timer(0.5, registry.enter, [second, "rejected"], {"why": "gate"})
     judged.start()
-    assert was_taken(registry, second), "it was at the gate, which has an answer by now"
+    assert was_taken(registry, second, lambda: False), "it was at the gate, which has an answer by now"
     judged.join()
+    loads = iter([True, True])
+
+    def still_at_it() -> bool:
+        if not next(loads, False):
+            registry.set_live(third, why="announced")
+        return True
+
+    assert was_taken(registry, third, still_at_it), "a large bundle takes long to load"
 
 
 def test_a_warning_that_cannot_be_written_stops_nobody() -> None:

@@ -184,7 +184,7 @@ def test_an_id_is_used_once(tmp_path: Path) -> None:
         error = record_episode(log, "e", 3).wait()
         assert error is not None and "id" in error
         # Also when retention has removed the file.
-        log.index.hold(1, [])
+        log.index.hold(1, 0, [])
         log.index.path(log.index.retire(1)[0]).unlink()
         assert record_episode(log, "e", 3).wait() is not None
         assert log.stats().lost == 2 and log.stats().stored == 1
@@ -409,7 +409,7 @@ def test_the_oldest_taken_and_not_held_go_when_space_is_short(tmp_path: Path) ->
             assert record_episode(log, name).wait() is None
     size = log.index.after(0)[0].bytes
     with opened(tmp_path, keep_gb=3.5 * size / 1e9) as log:
-        log.index.hold(4, ["b"])
+        log.index.hold(4, 0, ["b"])
         assert record_episode(log, "f").wait() is None
         log.close()
         assert log.stats().deleted == 3 and log.stats().error == ""
@@ -430,7 +430,7 @@ def test_failures_are_kept_for_their_days_and_no_longer(tmp_path: Path) -> None:
         (4, "last", {"new", "late", "more", "last"}),
     ]:
         with opened(tmp_path, keep_gb=1e-9, keep_failures_days=2.0) as log:
-            log.index.hold(taken, [])
+            log.index.hold(taken, 0, [])
             assert record_episode(log, name).wait() is None
             log.close()
             assert log.stats().deleted == 1 and log.stats().error == ""
@@ -526,7 +526,7 @@ def test_index_and_files_are_brought_into_agreement(tmp_path: Path) -> None:
     with opened(tmp_path) as log:
         for name in "abc":
             record_episode(log, name).wait()
-    log.index.hold(1, [])
+    log.index.hold(1, 0, [])
     (retired,) = log.index.retire(1)  # and a crash before its file was removed
     (tmp_path / "done" / "c.ep").unlink()
     with opened(tmp_path) as log:

@@ -102,12 +102,12 @@ def test_only_what_is_taken_and_not_held_is_retired_oldest_first(tmp_path: Path)
     index = EpisodeIndex(tmp_path)
     index.add([make_row(name) for name in "abcdef"])
     assert index.retire(10**9) == []
-    index.hold(4, ["b", "unknown"])
+    index.hold(4, 0, ["b", "unknown"])
     assert [row.episode for row in index.retire(150)] == ["a", "c"]
     assert index.bytes_on_disk() == 400
     assert [row.episode for row in index.retire(10**9)] == ["d"]
     assert index.retire(10**9) == []
-    index.hold(5, [])
+    index.hold(5, 0, [])
     assert [row.episode for row in index.retire(1)] == ["b"]
     assert [(row.episode, row.deleted) for row in index.after(0)] == [
         ("a", True), ("b", True), ("c", True), ("d", True), ("e", False), ("f", False),
@@ -115,12 +115,18 @@ def test_only_what_is_taken_and_not_held_is_retired_oldest_first(tmp_path: Path)
     assert index.known()["a"] and not index.known()["f"]
 
 
-def test_what_waits_for_its_label_is_not_retired(tmp_path: Path) -> None:
+def test_what_waits_for_its_label_and_what_the_trainer_has_not_learned_of_is_not_retired(tmp_path: Path) -> None:
     index = EpisodeIndex(tmp_path)
-    index.add([make_row("a", status="unjudged"), make_row("b", status="unjudged"), make_row("c")])
-    index.hold(3, [])
+    index.add([make_row(name, status="success" if name == "c" else "unjudged") for name in "abcd"])
     index.label("b", "success", "ada")
+    index.hold(3, 1, [])
+    index.label("a", "failure", "ada")
+    index.label("d", "success", "ada")
     assert [row.episode for row in index.retire(10**9)] == ["b", "c"]
+    index.hold(4, 2, [])
+    assert [row.episode for row in index.retire(10**9)] == ["a"]
+    index.hold(4, 3, [])
+    assert [row.episode for row in index.retire(10**9)] == ["d"]
 
 
 def test_processes_write_at_once(tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ from test_index import make_row
 index = EpisodeIndex(Path(sys.argv[1]))
 for i in range(10):
     index.add([make_row(f"{sys.argv[2]}-{i}"), make_row(f"shared-{i}")])
-    index.hold(i, ["x", "y"])
+    index.hold(i, 0, ["x", "y"])
 """
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -458,6 +458,10 @@ def test_after_its_index_was_made_anew_a_log_is_gone_on_with(run: RunDir, robot:
     try:
         trainer = make_trainer(run, warnings=warnings)
         assert any(f"the {len(rows) - len(gone)} that it has count as learned from" in said for said in warnings)
+        warnings.clear()
+        trainer.save()
+        trainer = make_trainer(run, warnings=warnings)
+        assert warnings == [], "the checkpoint has the new place"
         assert iterate(trainer, again)["episodes"] == 4
     finally:
         again.close()
