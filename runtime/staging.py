@@ -305,11 +305,14 @@ class Staging:
     # --- what the log says ----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
+        failing = ""
         while not self._stop.wait(POLL_S):
             try:
                 self.look()
+                failing = ""
             except Exception as error:  # noqa: BLE001 - robots drive on, so somebody has to go on watching
-                self._warn(f"staging: {error}")
+                if failing != (failing := str(error)):
+                    self._warn(f"staging: {error}")
 
     def look(self) -> None:
         """Take in what has ended since, in the order in which it began.

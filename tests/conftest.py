@@ -354,6 +354,18 @@ def tiny_bundle(point_policy_spec: PolicySpec) -> Callable[..., str]:
     return write
 
 
+@pytest.fixture
+def scene(tmp_path: Path, point: Backend, tiny_bundle: Callable[..., str]) -> Iterator[Any]:
+    """A `staging_scene.Scene`."""
+    from staging_scene import Scene
+
+    from runtime.rundir import RunDir
+
+    made = Scene(RunDir(tmp_path / "run"), point, tiny_bundle)
+    yield made
+    made.log.close()
+
+
 def _linear_graph(shapes: dict[str, tuple[int, ...]]) -> bytes:
     """mean = reshape(state @ slope) + bias, log_std = spread; the three weights are outside the graph."""
     from onnx import TensorProto, helper, numpy_helper

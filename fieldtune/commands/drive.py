@@ -72,12 +72,6 @@ def drive(
 
     address = endpoint_ or endpoint(deployment)
 
-    def tell_stop(why: str) -> None:
-        tell("stop", why)
-
-    def tell_reset() -> None:
-        tell("reset")
-
     def tell(command: Command, why: str = "") -> None:
         """To all robots of the runtime, over a connection of its own: the others are busy."""
         try:
@@ -86,22 +80,22 @@ def drive(
         except SilentError as error:
             warn(f"{command}: {error}")
 
-    apart: dict[Callable[..., None], threading.Thread] = {}
+    apart: dict[str, threading.Thread] = {}
 
-    def beside(call: Callable[..., None], *arguments: str) -> None:
-        """Make a call on a thread of its own, unless the last one of it still goes on; the keys wait for nothing."""
-        if call not in apart or not apart[call].is_alive():
-            apart[call] = threading.Thread(target=call, args=arguments, name="key", daemon=True)
-            apart[call].start()
+    def beside(name: str, call: Callable[..., None], *arguments: str) -> None:
+        """Make a call on a thread of its own, unless the last one of its name still goes on; keys wait for nothing."""
+        if name not in apart or not apart[name].is_alive():
+            apart[name] = threading.Thread(target=call, args=arguments, name=name, daemon=True)
+            apart[name].start()
 
     def handle(key: str) -> None:
         if key in STOP_KEYS:
             why = f"by a key at {client_name}"
             # Neither waits for the other: this robot needs no runtime for it, and the others not this robot.
-            beside(tell_stop, why)
-            beside(guard.stop, why)
+            beside("stop all", tell, "stop", why)
+            beside("stop", guard.stop, why)
         elif key == "r":
-            beside(tell_reset)
+            beside("reset all", tell, "reset")
         elif key == "p":
             guard.pause(not guard.paused)
         elif key in ENDING_KEYS:

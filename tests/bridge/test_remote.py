@@ -332,53 +332,51 @@ def test_a_stop_does_not_wait_for_the_answer_to_another_call(start: Start) -> No
     assert far.robot.calls == ["connect", "stop"]
 
 
+class Homing(Robot):
+    """Its reset goes on until it is told to stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.homing, self.told = threading.Event(), threading.Event()
+        self.heard = False
+        """Whether it was told to stop since its reset began, and before that had ended."""
+
+    def reset(self, task: str, seed: int) -> None:
+        super().reset(task, seed)
+        self.told.clear()  # as one does that has the torque on again
+        self.homing.set()
+        self.heard = self.told.wait(ENOUGH_S)
+
+    def stop(self) -> None:
+        super().stop()
+        self.told.set()
+
+
 def test_a_stop_reaches_the_backend_while_it_is_in_another_call(start: Start) -> None:
-    homing, told = threading.Event(), threading.Event()
-
-    class Slow(Robot):
-        def reset(self, task: str, seed: int) -> None:
-            super().reset(task, seed)
-            homing.set()
-            assert told.wait(ENOUGH_S), "nobody has told it to stop"
-
-        def stop(self) -> None:
-            super().stop()
-            told.set()
-
-    far = start(Slow())
+    robot = Homing()
+    far = start(robot)
     remote = far.connected()
     resetting = threading.Thread(target=remote.reset, args=("reach", 0))
     resetting.start()
-    assert homing.wait(ENOUGH_S)
+    assert robot.homing.wait(ENOUGH_S)
     remote.stop()
     resetting.join(ENOUGH_S)
     assert not resetting.is_alive()
-    assert far.robot.calls[:4] == ["connect", "reset", "stop", "stop"], "beside it, and in its turn"
+    assert robot.heard
+    assert robot.calls[:4] == ["connect", "reset", "stop", "stop"], "beside it, and in its turn"
 
 
 def test_a_stop_reaches_the_backend_also_right_before_another_call(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = threading.Event()
-    heard: list[bool] = []
-
-    class Slow(Robot):
-        def reset(self, task: str, seed: int) -> None:
-            super().reset(task, seed)
-            told.clear()  # as one does that has the torque on again
-            heard.append(told.wait(ENOUGH_S))
-
-        def stop(self) -> None:
-            super().stop()
-            told.set()
-
-    far = start(Slow())
+    robot = Homing()
+    far = start(robot)
     remote = far.connected()
     work = far.server._work
 
     def late(job: Any) -> Any:
         if isinstance(getattr(job, "message", None), Reset):
-            assert told.wait(ENOUGH_S), "a reset that is about to begin is a call too"
+            assert robot.told.wait(ENOUGH_S), "a reset that is about to begin is a call too"
         return work(job)
 
     monkeypatch.setattr(far.server, "_work", late)
@@ -388,8 +386,8 @@ def test_a_stop_reaches_the_backend_also_right_before_another_call(
     remote.stop()
     resetting.join(ENOUGH_S)
     assert not resetting.is_alive()
-    assert heard == [True], "nobody has told it to stop since it began"
-    assert [call for call, _ in groupby(far.robot.calls)] == ["connect", "stop", "reset", "stop"]
+    assert robot.heard
+    assert [call for call, _ in groupby(robot.calls)] == ["connect", "stop", "reset", "stop"]
     beside: Any = far.server._beside
     beside.join(ENOUGH_S)
     assert not beside.is_alive(), "the next reset would be stopped too"
