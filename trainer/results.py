@@ -20,7 +20,10 @@ def write_results(contestants: Sequence[Contestant], page: Path) -> Path:
     """
     names = [contestant.run.name for contestant in contestants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ResultsError(f"two of the runs are named {', '.join(twice)}; name each run once")
+        raise ResultsError(
+            f"two of the runs are named {', '.join(twice)}; name each run once, and where two of them are called the "
+            "same rename the directory or the record of one"
+        )
     groups = grouped(contestants)
     pictures: dict[str, dict[str, str]] = {}
     for title, group in groups.items():

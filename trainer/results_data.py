@@ -75,6 +75,7 @@ class RunResults(Struct, frozen=True):
     """One run."""
 
     name: str
+    """That of its directory, or of the file of its record: what it was called when it began may not be unique."""
     deployment: dict[str, Any]
     environment: Environment | None
     """None for a run that did not note it."""
@@ -144,7 +145,7 @@ def read_run(path: Path) -> RunResults:
     metrics = read_metrics(run.metrics)
     rows = training_rows(run)
     return RunResults(
-        name=str(deployment["name"]),
+        name=path.resolve().name,
         deployment=deployment,
         environment=load_environment(run),
         demos_per_task=max(demonstrations.values(), default=0),

@@ -1,5 +1,7 @@
 """A run as the results see it in one small file, `NAME.json.gz`: it outlives the run's directory, and goes beside the
 page, so that anyone can check its figures, and seeds that ran at other times or on other computers come onto one page.
+
+A record is named as its file is: whoever has two of an equal name tells them apart by renaming one.
 """
 
 from __future__ import annotations
@@ -10,12 +12,19 @@ from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from runtime.durable import write_atomic
 from trainer.results_data import Contestant, ResultsError
 
 FORMAT = 1
 SUFFIX = ".json.gz"
+
+
+class RecordFormat(Struct, frozen=True):
+    """What every record has, whatever else is in it."""
+
+    format: int
 
 
 class Record(Struct, frozen=True):
@@ -34,11 +43,16 @@ def write_record(contestant: Contestant, directory: Path) -> Path:
 
 
 def read_record(path: Path) -> Contestant:
-    """The run in a record. Raises `ResultsError` for what is none."""
+    """The run in a record, named as the file is. Raises `ResultsError` for what is none."""
     try:
-        record = msgspec.json.decode(gzip.decompress(path.read_bytes()), type=Record)
+        content = gzip.decompress(path.read_bytes())
+        found = msgspec.json.decode(content, type=RecordFormat).format
+        if found != FORMAT:
+            raise ResultsError(
+                f"{path} is a record of format {found}, this fieldtune reads format {FORMAT}; read it with the "
+                "fieldtune that wrote it, or make it again from its run"
+            )
+        contestant = msgspec.json.decode(content, type=Record).contestant
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as error:
         raise ResultsError(f"{path} is not the record of a run that `fieldtune report` has written: {error}") from None
-    if record.format != FORMAT:
-        raise ResultsError(f"{path} is a record of format {record.format}; this fieldtune reads format {FORMAT}")
-    return record.contestant
+    return replace(contestant, run=replace(contestant.run, name=path.name.removesuffix(SUFFIX)))

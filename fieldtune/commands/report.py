@@ -34,8 +34,8 @@ def report(runs: Runs, /, *, overrides: Set = (), results: Path | None = None, a
     The first version and the live version must have been evaluated (`fieldtune up` and `fieldtune eval` do that).
     With --results several runs (seeds, sets of demonstrations) become one page: means over seeds with intervals, SFT,
     post-trained and scripted expert on the same goals, what it cost. Runs that are not finished are shown as they are.
-    What the page is made from is kept in `records/` beside it, in a small file for each run. Such a file can be named
-    in place of its run, when that is deleted or on another computer.
+    What the page is made from is kept in `records/` beside it, in a small file for each run, named as its directory.
+    Such a file can be named in place of its run, when that is deleted or on another computer.
 
     Examples:
       fieldtune report quickstart
@@ -54,6 +54,13 @@ def report(runs: Runs, /, *, overrides: Set = (), results: Path | None = None, a
         else:
             out.print(f"results: {page}")
         return 0
+    from trainer.results_record import SUFFIX
+
+    if records := [name for name in runs if name.endswith(SUFFIX)]:
+        raise ConfigError(
+            f"{records[0]} is the record of a run, which goes onto a page of results: add --results PAGE; the report "
+            "of one run is made from its directory"
+        )
     deployments = [find_run(name, overrides) for name in runs]
     codes = [single(name, deployment, as_json) for name, deployment in zip(runs, deployments, strict=True)]
     return max(codes)

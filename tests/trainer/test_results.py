@@ -24,6 +24,7 @@ from trainer.results import grouped, write_results
 from trainer.results_data import Contestant, ResultsError, TrainingEpisode, read_run, training_hours
 from trainer.results_page import render
 from trainer.results_plots import windows
+from trainer.results_record import read_record, write_record
 from trainer.results_table import headline, verdict
 from trainer.statistics import Evaluation, ratio_interval, t_interval, wilson
 
@@ -190,6 +191,40 @@ def test_a_page_is_made_again_from_its_records_alone(tmp_path: Path, capsys: pyt
         assert cli.run(["report", str(records[0]), "--results", str(again)]) == 1
         assert f"{records[0]} is " in capsys.readouterr().err
     assert pages[1] == re.sub(r"Written \S+ \S+", "", again.read_text(encoding="utf-8"))
+
+
+def test_a_record_is_named_as_its_run_or_its_own_file_whatever_the_run_was_called_when_it_began(tmp_path: Path) -> None:
+    tasks = ("reach",)
+    for computer in "ab":
+        path = tmp_path / f"{computer}-seed{ord(computer) % 2}"
+        run = make_run(path, tasks, result(FIRST, 30, tasks=tasks), result(LAST, 15, tasks=tasks), backend="point")
+        content = json.loads(run.config.read_bytes())
+        run.config.write_text(json.dumps({**content, "name": "mt10", "seed": ord(computer) % 2}))
+    names = [path.name for path in sorted(tmp_path.iterdir())]
+    records = [write_record(contestant(tmp_path / name), tmp_path / "kept") for name in names]
+    assert (
+        [path.name for path in records]
+        == [f"{name}.json.gz" for name in names]
+        == ["a-seed1.json.gz", "b-seed0.json.gz"]
+    )
+    # A file that comes from somebody else names no place of ours.
+    text = gzip.decompress(records[0].read_bytes()).replace(b'"name":"a-seed1"', b'"name":"../../out"', 1)
+    assert b"../../out" in text
+    (tmp_path / "sent.json.gz").write_bytes(gzip.compress(text))
+    page = write_results([read_record(tmp_path / "sent.json.gz")], tmp_path / "docs" / "results.md")
+    assert [path.name for path in (page.parent / "records").iterdir()] == ["sent.json.gz"]
+    assert not list(tmp_path.glob("**/out*")) and "from the logs of `sent`" in page.read_text(encoding="utf-8")
+
+
+def test_a_record_that_cannot_be_read_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, page = tmp_path / "later.json.gz", str(tmp_path / "results.md")
+    record.write_bytes(gzip.compress(b'{"format": 7, "contestants": []}'))
+    assert cli.run(["report", str(record), "--results", page]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{record} is a record of format 7, this fieldtune reads format 1" in said
+    assert cli.run(["report", str(record)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{record} is the record of a run" in said and "add --results PAGE" in said
 
 
 def test_unfinished_runs_say_so(tmp_path: Path) -> None:
