@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from bridge.backends.metaworld_bound import KinematicBound
 from bridge.errors import FieldtuneError
@@ -110,6 +111,11 @@ class RunResults(Struct, frozen=True):
         found = self.after or self.before
         return [(trial.task, trial.seed) for trial in found.trials] if found else []
 
+    @property
+    def left_out(self) -> int:
+        """Episodes of the evaluations that count for nothing: they broke off, or nobody has judged them."""
+        return sum(e.overall.aborted + e.unjudged for e in (self.before, self.after) if e)
+
 
 class Contestant(Struct, frozen=True):
     """A run with what does not learn but is shown beside it."""
@@ -174,15 +180,21 @@ def read_run(path: Path) -> RunResults:
 
 
 def on_goals(evaluation: Evaluation, goals: Iterable[Goal]) -> Evaluation:
-    """The same evaluation on some of its goals only."""
+    """The same evaluation on some of its goals only. What it left out it still leaves out."""
     wanted = set(goals)
     kept = [_Tried.of(trial) for trial in evaluation.trials if (trial.task, trial.seed) in wanted]
-    return summarise(
+    found = summarise(
         kept,
         version=evaluation.version,
         horizon_steps=evaluation.horizon_steps,
         action=evaluation.action,
         confidence=evaluation.confidence,
+    )
+    return replace(
+        found,
+        overall=replace(found.overall, aborted=evaluation.overall.aborted),
+        tasks={task: replace(own, aborted=evaluation.tasks[task].aborted) for task, own in found.tasks.items()},
+        unjudged=evaluation.unjudged,
     )
 
 

@@ -20,7 +20,7 @@ from trainer.report import write_report
 from trainer.statistics import Evaluation
 
 if TYPE_CHECKING:
-    from trainer.results_data import Contestant
+    from trainer.results_data import Contestant, RunResults
 
 Runs = Annotated[
     tyro.conf.Positional[tuple[str, ...]],
@@ -112,21 +112,31 @@ def make_report(deployment: Deployment, before: Evaluation, after: Evaluation) -
 
 def make_results(runs: tuple[str, ...], overrides: tuple[str, ...], page: Path, *, quiet: bool) -> Path:
     """Write the page of several runs, each a configuration, a directory or a record."""
-    from trainer.results import write_results
+    from trainer.results import check_together, write_results
+    from trainer.results_data import Contestant, read_run
     from trainer.results_record import SUFFIX, read_record
 
-    # All mistakes before any work.
-    found = [read_record(Path(name)) if name.endswith(SUFFIX) else find_run(name, overrides) for name in runs]
-    return write_results([contend(one, quiet) if isinstance(one, Deployment) else one for one in found], page)
+    deployments = [None if name.endswith(SUFFIX) else find_run(name, overrides) for name in runs]
+    found = [
+        Contestant(read_run(run_dir(deployment).path), None, None) if deployment else read_record(Path(name))
+        for name, deployment in zip(runs, deployments, strict=True)
+    ]
+    check_together(found)  # all mistakes before the expert drives
+    return write_results(
+        [
+            contend(deployment, one.run, quiet) if deployment else one
+            for one, deployment in zip(found, deployments, strict=True)
+        ],
+        page,
+    )
 
 
-def contend(deployment: Deployment, quiet: bool) -> Contestant:
+def contend(deployment: Deployment, found: RunResults, quiet: bool) -> Contestant:
     """The results of a run, after the expert has tried its goals where it has not yet."""
     from trainer.expert import bound_of, evaluate_expert
-    from trainer.results_data import Contestant, read_run
+    from trainer.results_data import Contestant
 
     run = run_dir(deployment)
-    found = read_run(run.path)
     if not found.goals:
         return Contestant(found, None, None)
     with progress_bar(f"expert on the goals of {found.name}", quiet=quiet) as advance:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.evaluate import load_evaluation
 from trainer.expert import bound_of, evaluate_expert
-from trainer.results import grouped, write_results
+from trainer.results import check_together, grouped, write_results
 from trainer.results_data import Contestant, ResultsError, TrainingEpisode, read_run, training_hours
 from trainer.results_page import render
 from trainer.results_plots import windows
@@ -225,6 +226,66 @@ def test_a_record_that_cannot_be_read_says_what_it_is(tmp_path: Path, capsys: py
     assert cli.run(["report", str(record)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"{record} is the record of a run" in said and "add --results PAGE" in said
+
+
+def setup(root: Path, name: str, settings: dict[str, Any], after: Evaluation | None = None, **made: Any) -> Contestant:
+    """A run of two tasks with one setting of its configuration after another changed."""
+    tasks = MT10[:2]
+    run = make_run(root / name, tasks, result(FIRST, 78, tasks=tasks), after or result(LAST, 60, tasks=tasks), **made)
+    content = json.loads(run.config.read_bytes())
+    for path, value in settings.items():
+        *above, last = path.split(".")
+        section = content
+        for key in above:
+            section = section[key]
+        section[last] = value
+    run.config.write_text(json.dumps(content))
+    return contestant(run.path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("backend.options", {"size_px": 32}),
+        ("bridge.horizon_steps", 150),
+        ("runtime.balance", "equal"),
+        ("trainer.ppo.lr", 1e-3),
+        ("trainer.evaluate.first_seed", 1_000_000),
+        ("trainer.tasks", ["reach-v3"]),
+    ],
+)
+def test_runs_of_other_settings_are_not_averaged(path: str, value: object, tmp_path: Path) -> None:
+    runs = [setup(tmp_path, "usual", {}), setup(tmp_path, "other", {path: value}, seed=1)]
+    page = tmp_path / "docs" / "results.md"
+    with pytest.raises(ResultsError, match=rf"usual and other cannot be averaged .*: {path} is .* in the one and"):
+        write_results(runs, page)
+    assert not page.exists()
+
+
+def test_runs_are_averaged_where_nothing_differs_that_changes_their_result(tmp_path: Path) -> None:
+    free = {"trainer.stop.minutes": 5, "trainer.threads": 2, "trainer.tensorboard": True, "trainer.demos.workers": 1}
+    runs = [setup(tmp_path, "usual", {}), setup(tmp_path, "other", free, seed=1)]
+    # The record of an older fieldtune lacks a setting, and has one that is gone.
+    deployment = runs[1].run.deployment
+    ppo = {key: value for key, value in deployment["trainer"]["ppo"].items() if key != "clip"} | {"gone": 3}
+    older = {**deployment, "seed": 2, "trainer": {**deployment["trainer"], "ppo": ppo}}
+    check_together([*runs, replace(runs[1], run=replace(runs[1].run, name="older", deployment=older))])
+    # Other sets of demonstrations are other groups.
+    check_together([runs[0], setup(tmp_path, "many", {}, demos=100)])
+
+
+def test_runs_of_one_seed_or_on_other_goals_are_not_averaged(tmp_path: Path) -> None:
+    tasks = MT10[:2]
+    runs = [setup(tmp_path, "usual", {}), setup(tmp_path, "again", {})]
+    with pytest.raises(ResultsError, match=r"again and usual cannot be averaged .*: both have seed 0"):
+        check_together(runs)
+    fewer = evaluation(LAST, {task: [60] * (GOALS - 1) for task in tasks})
+    short = setup(tmp_path, "short", {}, fewer, seed=1)
+    goals = "20 of 2 tasks, seeds 2000000 to 2000009 in the one and 18 of 2 tasks, seeds 2000000 to 2000008"
+    with pytest.raises(ResultsError, match=rf"usual and short cannot be averaged .*: the goals .* differ, {goals}"):
+        check_together([runs[0], short])
+    # Two that nobody has judged are missing, as said on the page.
+    check_together([runs[0], setup(tmp_path, "waiting", {}, replace(fewer, unjudged=2), seed=1)])
 
 
 def test_unfinished_runs_say_so(tmp_path: Path) -> None:
