@@ -232,8 +232,15 @@ class _Tried(Struct, frozen=True):
 def _after(run: RunDir, versions: list[VersionRow]) -> tuple[VersionRow | None, Evaluation | None, list[str]]:
     """The live version if it was evaluated, else the newest one that was; and what is missing."""
     live = next((row for row in versions if row.live), versions[-1])
-    if live.number == versions[0].number:
+    if len(versions) == 1:
         return None, None, ["post-training has not made a version yet"]
+    if live.number == versions[0].number:
+        # What post-training has come to is what it began with: left out, it would make the mean better than it is.
+        return (
+            live,
+            load_evaluation(run, live.version),
+            ["it was rolled back to its first version, which counts as both"],
+        )
     for row in [live, *reversed(versions[1:])]:
         if (found := load_evaluation(run, row.version)) is not None:
             behind = (

@@ -309,6 +309,18 @@ def test_a_seed_that_is_behind_is_not_taken_for_the_mean_of_all(tmp_path: Path) 
     assert "| 1.000 (1 of 2 seeds) | >= 0.930" in text and "| steps over successes | 77" in text
 
 
+def test_a_run_that_was_rolled_back_to_its_first_version_counts_as_what_it_is(tmp_path: Path) -> None:
+    make_run(tmp_path / "back", MT10, result(FIRST, 78, 2), result(LAST, 60))
+    make_run(tmp_path / "late", MT10, result(FIRST, 76), result(LAST, 60), seed=1)
+    Registry(RunDir(tmp_path / "back").registry).set_live(FIRST, why="rollback")
+    runs = [contestant(tmp_path / name) for name in ("back", "late")]
+    back = runs[0].run
+    assert back.last == back.first and back.after == back.before and back.versions == 2
+    text = render(grouped(runs), {}, [])
+    assert "- `back`: it was rolled back to its first version" in text
+    assert "| 0.900 [0.000, 1.000] | 0.900 [0.000, 1.000] |" in text  # of both sides: (0.8 + 1) / 2
+
+
 def test_evaluations_without_a_goal_in_common_are_no_result(tmp_path: Path) -> None:
     make_run(tmp_path / "run", MT10[:1], result(FIRST, 78, tasks=MT10[:1]), result(LAST, 60, tasks=MT10[1:2]))
     found = read_run(tmp_path / "run")
