@@ -2,7 +2,7 @@
 
 In training the share of a task in all episodes follows its need (`runtime.balance: need`; fieldtune's own design):
 
-    need_i  = 1 - (successes_i + 1) / (n_i + 2)        n_i: its last episodes that were not aborted, at most 50
+    need_i  = 1 - (successes_i + 1) / (n_i + 2)        n_i: its last episodes that were judged, at most 50
     share_i = clip(c need_i, 3/(4N), 3/(2N))           N tasks; c such that the shares sum to 1
 
 The rate is the mean of a Beta(1, 1) prior and the episodes, so that a task that was hardly tried counts as half solved
@@ -97,10 +97,10 @@ class Training:
         return task, self._first_seed + int(self._rng.integers(self._seeds))
 
     def ended(self, task: str, seed: int, end: End) -> None:
-        """An aborted episode says nothing of success. It has had its turn all the same: were that given back, a task
-        that breaks off every time would take all turns.
+        """An aborted episode says nothing of success, nor does one that nobody has judged. It has had its turn all the
+        same: were that given back, a task that breaks off every time would take all turns.
         """
-        if end != "aborted":
+        if end not in ("aborted", "unjudged"):
             self._recent[task].append(end == "success")
             self._shares = self._share_out()
 

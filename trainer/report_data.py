@@ -126,10 +126,14 @@ def training_rows(run: RunDir) -> list[EpisodeRow]:
 
 
 def _training_plots(rows: list[EpisodeRow], before: Evaluation, after: Evaluation) -> list[Plot]:
-    """Success and steps to success while training, with the two evaluations at the ends."""
+    """Success and steps to success while training, with the two evaluations at the ends.
+
+    Episodes that nobody has judged took their steps, and are in neither curve.
+    """
     x = [float(step) for step in itertools.accumulate(row.steps for row in rows)]
-    window = max(10, min(200, len(rows) // 8))
-    success_x, success_y = rolling_mean(x, [float(row.status == "success") for row in rows], window)
+    judged = [(at, row.status == "success") for at, row in zip(x, rows, strict=True) if row.status != "unjudged"]
+    window = max(10, min(200, len(judged) // 8))
+    success_x, success_y = rolling_mean([at for at, _ in judged], [float(success) for _, success in judged], window)
     won = [(at, float(row.steps)) for at, row in zip(x, rows, strict=True) if row.status == "success"]
     steps_x, steps_y = rolling_mean([at for at, _ in won], [steps for _, steps in won], window)
     first_seen: dict[str, float] = {}
@@ -140,17 +144,21 @@ def _training_plots(rows: list[EpisodeRow], before: Evaluation, after: Evaluatio
     end = x[-1] if x else 1.0
     ends = ((before, "before", 0.0), (after, "after", end))
     caption = f"Line: mean of the last {window} {{}} while exploring. Dots: the evaluations, with 95 % intervals."
+    waiting = (
+        f" {len(rows) - len(judged)} episodes that nobody has judged are left out." if len(judged) < len(rows) else ""
+    )
     ticks = " Ticks: a new version takes over." if marks else ""
     return [
         Plot(
             name="success",
             title="Success",
-            caption=caption.format("episodes") + ticks,
+            caption=caption.format("episodes") + waiting + ticks,
             unit="share of episodes",
             lines=[Line(label="training", x=success_x, y=success_y)] if success_x else [],
             points=[
                 Point(label=label, x=at, y=e.overall.success, **_ends(e.overall.success_interval))
                 for e, label, at in ends
+                if e.overall.n
             ],
             marks=marks,
             y_low=0.0,

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from trainer.report_data import Report
-from trainer.statistics import Evaluation, Interval, Result
+from trainer.statistics import Evaluation, Interval, Result, left_out
 
 Frame = tuple[str, np.ndarray[Any, np.dtype[np.uint8]]]
 
@@ -113,6 +113,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def _success(result: Result) -> str:
+    return percent(result.success) if result.n else "-"
+
+
 def steps(value: float | None) -> str:
     """A number of steps, or a dash where there is none."""
     return "-" if value is None else f"{value:.1f}"
@@ -131,7 +135,7 @@ def _sentence(report: Report) -> str:
 def _tiles(report: Report) -> str:
     before, after = report.before.overall, report.after.overall
     tiles = [
-        _tile("Success", percent(before.success), percent(after.success), f"n = {before.n} and {after.n}"),
+        _tile("Success", _success(before), _success(after), f"n = {before.n} and {after.n}"),
         _tile(
             "Steps to success",
             steps(before.steps),
@@ -182,7 +186,7 @@ def _table(report: Report) -> str:
 
 
 def _cells(result: Result | None) -> str:
-    if result is None:
+    if result is None or not result.n:
         return "<td>-</td>" * 3
     low, high = result.success_interval
     success = f"{percent(result.success)} <small>[{100 * low:.0f}, {100 * high:.0f}]</small>"
@@ -199,8 +203,8 @@ def _interval(interval: Interval | None) -> str:
 def _protocol(before: Evaluation, after: Evaluation) -> str:
     noise = "mean action, no noise" if after.action == "mean" else "sampled actions"
     seeds = f"seeds {after.seeds[0]} to {after.seeds[-1]}" if after.seeds else "no seeds"
-    left_out = [(name, e) for name, e in (("before", before), ("after", after)) if e.overall.aborted or e.repeated]
-    notes = "".join(f" Left out {name}: {e.overall.aborted} aborted, {e.repeated} repeated." for name, e in left_out)
+    missing = [(name, left_out(e)) for name, e in (("before", before), ("after", after))]
+    notes = "".join(f" Left out {name}: episodes {words}." for name, words in missing if words)
     return escape(
         f"Goals that training never saw ({seeds}), {noise}, at most {after.horizon_steps} steps, the episode ends at "
         "success. Small figures: 95 % intervals, Wilson's for success, bootstrap over goals for steps. "

@@ -22,7 +22,7 @@ from runtime.rundir import RunDir
 from trainer.environment import Environment, load_environment
 from trainer.evaluate import load_evaluation
 from trainer.report_data import read_metrics, training_rows
-from trainer.statistics import Evaluation, Trial, summarise
+from trainer.statistics import Evaluation, Trial, left_out, summarise
 
 Goal = tuple[str, int]
 """Task and seed."""
@@ -58,7 +58,8 @@ class TrainingEpisode(Struct, frozen=True, array_like=True):
     """One episode of the exploring policy."""
 
     task: str
-    success: bool
+    success: bool | None
+    """None where nobody has judged it: it took its steps, and says nothing of success."""
     steps: int
     hours: float
     """From the start of the first training episode to the end of this one, less the pauses of the trainer's clock."""
@@ -140,6 +141,9 @@ def read_run(path: Path) -> RunResults:
     last, after, unfinished = _after(run, versions)
     if before is None:
         unfinished.insert(0, "the first version is not evaluated")
+    for number, found in ({first.number: before} | ({last.number: after} if last else {})).items():
+        if found is not None and (missing := left_out(found)):
+            unfinished.append(f"left out of the evaluation of version {number}: episodes {missing}")
     if before is not None and after is not None:
         both = {(t.task, t.seed) for t in before.trials} & {(t.task, t.seed) for t in after.trials}
         if len(both) < max(len(before.trials), len(after.trials)):
@@ -170,7 +174,9 @@ def read_run(path: Path) -> RunResults:
             decisions=_decisions(rows, versions, metrics),
         ),
         training=tuple(
-            TrainingEpisode(row.task, row.status == "success", row.steps, round(hours, 6))
+            TrainingEpisode(
+                row.task, None if row.status == "unjudged" else row.status == "success", row.steps, round(hours, 6)
+            )
             for row, hours in zip(rows, training_hours(rows, metrics), strict=True)
         ),
         cameras=_cameras(run, first.version),

@@ -44,9 +44,10 @@ def render(groups: Mapping[str, Group], pictures: Mapping[str, Mapping[str, str]
 
 
 def _protocol(runs: Group) -> str:
-    found = next((e for run in runs for e in (run.run.after, run.run.before) if e), None)
+    evaluations = [e for run in runs for e in (run.run.after, run.run.before) if e]
+    found = next((e for e in evaluations if e.trials), None)
     if found is None:
-        return "No run has been evaluated yet."
+        return f"No {'episode of an evaluation has been judged' if evaluations else 'run has been evaluated'} yet."
     cameras = runs[0].run.cameras
     sees = f"{len(cameras)} camera{'s' * (len(cameras) != 1)} ({'; '.join(cameras)})" if cameras else "no camera"
     per_task = " or ".join(map(str, sorted({result.n for result in found.tasks.values()})))
@@ -173,6 +174,8 @@ def _by_difficulty(group: Group) -> str:
 
 
 def _success(result: Result) -> str:
+    if not result.n:
+        return "-"
     return f"{result.success:.2f}" + _interval(result.success_interval, "{:.2f}".format)
 
 
@@ -205,7 +208,7 @@ def _held_out(group: Group) -> str:
 
 
 def _overall(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
+    if evaluation is None or not evaluation.overall.n:
         return "-"
     result = evaluation.overall
     return UNITS["share"](result.success) + _interval(result.success_interval, UNITS["share"])
@@ -241,7 +244,7 @@ def _idle(metrics: Sequence[Mapping[str, Any]]) -> str:
 def _change(
     before: Evaluation | None, after: Evaluation | None, figure: Callable[[Result], float | None], digits: int
 ) -> str:
-    values = [figure(e.overall) if e else None for e in (before, after)]
+    values = [figure(e.overall) if e and e.overall.n else None for e in (before, after)]
     return " -> ".join("-" if value is None else f"{value:.{digits}f}" for value in values)
 
 

@@ -38,13 +38,15 @@ class Window(Struct, frozen=True):
 def windows(episodes: Sequence[TrainingEpisode], x: Sequence[float], kind: Kind, count: int) -> list[Window]:
     """The figure of up to `count` equal stretches of the episodes: success (Wilson) or mean steps of the successes
     (bootstrap). `x[i]` is where episode i ends. A stretch has ten episodes or more; one without success has no steps.
+    Episodes that nobody has judged are in no stretch.
     """
-    size = max(10, -(-len(episodes) // count))
+    judged = [(episode, at) for episode, at in zip(episodes, x, strict=True) if episode.success is not None]
+    size = max(10, -(-len(judged) // count))
     found = []
-    for start in range(0, len(episodes) - size + 1, size):
-        part = episodes[start : start + size]
-        won = [episode.steps for episode in part if episode.success]
-        end = x[start + size - 1]
+    for start in range(0, len(judged) - size + 1, size):
+        part = judged[start : start + size]
+        won = [episode.steps for episode, _ in part if episode.success]
+        end = part[-1][1]
         if kind == "success":
             found.append(Window(end, len(won) / size, *wilson(len(won), size)))
         elif won:

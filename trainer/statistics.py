@@ -241,6 +241,16 @@ def summarise(
     )
 
 
+def left_out(evaluation: Evaluation) -> str:
+    """How many episodes count in none of its figures, and why, in words; empty if all do."""
+    counts = {
+        "aborted": evaluation.overall.aborted,
+        "that nobody has judged": evaluation.unjudged,
+        "repeated": evaluation.repeated,
+    }
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
 def compare(before: Evaluation, after: Evaluation) -> Comparison:
     """`after` against `before` on the goals that both tried. Raises `StatisticsError` if they share none."""
     old = {(trial.task, trial.seed): trial for trial in before.trials}

@@ -52,7 +52,7 @@ def export_episodes(
         out_dir: directory of the dataset, or of the MCAP files
         format: what to write
         frames: rows of a LeRobot dataset: one a step with the newest observation, or one a decision with its chunk
-        status: only episodes that ended so, one or several; all but aborted without it
+        status: only episodes that ended so, one or several; all but aborted and unjudged without it
         task: only this task
         version: only episodes that this version drove
         since: only episodes that started then or later: 2026-03-01 or 2026-03-01T14:30, local time
@@ -71,6 +71,11 @@ def export_episodes(
         err.print(f"left out {episode}: {why}")
     if len(done.left_out) > LEFT_OUT_SHOWN:
         err.print(f"... and {len(done.left_out) - LEFT_OUT_SHOWN} more")
+    if done.unjudged:
+        err.print(
+            f"left out {done.unjudged} episodes that nobody has judged: `fieldtune episodes label` says how they went, "
+            "`--status unjudged` exports them as they are"
+        )
     if not done.written + done.there:
         raise FieldtuneError(f"{index.directory} has no episode that fits")
     return 1 if stop.is_set() else 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from fieldtune.data.frames import FramesError
 from runtime.episode import End, Episode
@@ -40,7 +41,7 @@ class Wanted(Struct, frozen=True):
     """Which episodes: all that fit each of these. None fits all."""
 
     status: tuple[End, ...] = ()
-    """Ended in one of these ways; empty: all but aborted."""
+    """Ended in one of these ways; empty: all but aborted, and those that nobody has judged."""
     task: str | None = None
     version: str | None = None
     """A version, or the beginning of its id, acted in it."""
@@ -50,7 +51,7 @@ class Wanted(Struct, frozen=True):
     def fits(self, row: EpisodeRow) -> bool:
         """Whether an episode is wanted."""
         return (
-            (row.status in self.status if self.status else row.status != "aborted")
+            (row.status in self.status if self.status else row.status not in ("aborted", "unjudged"))
             and self.task in (None, row.task)
             and (self.version is None or any(version.startswith(self.version) for version in row.versions))
             and (self.since_unix_s is None or row.started_unix_s >= self.since_unix_s)
@@ -65,6 +66,8 @@ class Exported(Struct, frozen=True):
     """Written by an earlier export."""
     left_out: dict[str, str]
     """Episode -> why it could not be exported."""
+    unjudged: int = 0
+    """Episodes that fit but for their status, which nobody has asked for: it says neither success nor failure."""
 
 
 def export(
@@ -101,7 +104,8 @@ def export(
         target.finish()
     finally:
         target.close()
-    return Exported(written, there, left_out)
+    waiting = 0 if wanted.status else sum(1 for _ in _rows(index, replace(wanted, status=("unjudged",))))
+    return Exported(written, there, left_out, waiting)
 
 
 def _rows(index: EpisodeIndex, wanted: Wanted) -> Iterator[EpisodeRow]:

@@ -206,16 +206,21 @@ def test_only_wanted_episodes_are_exported(tmp_path: Path) -> None:
     log_episode(log, "b", status="failure", versions=("bbb",), started_unix_s=2.0)
     log_episode(log, "c", task="u", instruction="stay", versions=("aab",), started_unix_s=3.0)
     log_episode(log, "d", status="aborted", started_unix_s=4.0)
+    log_episode(log, "e", status="unjudged", started_unix_s=5.0)
+    log_episode(log, "f", status="unjudged", task="u", instruction="stay", started_unix_s=6.0)
     log.close()
+    left_out = []
 
     def names(**fields: Any) -> set[str]:
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        to_mcap(tmp_path / "log", out, Wanted(**fields))
+        left_out.append(to_mcap(tmp_path / "log", out, Wanted(**fields)).unjudged)
         return {path.stem for path in out.iterdir()}
 
     assert names() == {"a", "b", "c"}
     assert names(status=("failure", "aborted")) == {"b", "d"}
     assert names(task="u") == {"c"} and names(version="aa") == {"a", "c"} and names(since_unix_s=2.0) == {"b", "c"}
+    assert names(status=("unjudged", "success")) == {"a", "c", "e", "f"}
+    assert left_out == [2, 0, 1, 0, 2, 0]  # of those that fit but for that
 
 
 def test_an_export_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
@@ -353,10 +358,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     log_of(tmp_path / "runs/mine/episodes", 3)
     command = ["episodes", "export", "mine.yaml", "--out", "out"]
     assert run([*command, "--format", "lerobot", "--status", "success", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": {}}
+    assert json.loads(capsys.readouterr().out) == {"written": 2, "there": 0, "left_out": {}, "unjudged": 0}
     assert run([*command, "--format", "lerobot", "--status", "success", "failure"]) == 0
     assert "1 episodes written to out, 2 were there already" in capsys.readouterr().out
     assert run(["episodes", "export", "mine.yaml", "--out", "m", "--format", "mcap", "--since", "2020-01-01"]) == 1
     assert "no episode that fits" in capsys.readouterr().err
     assert run([*command, "--format", "mcap", "--since", "yesterday"]) == 1
     assert "--since yesterday: expected a date" in capsys.readouterr().err
+    log = EpisodeLog(tmp_path / "runs/mine/episodes")
+    log_episode(log, "waits", status="unjudged")
+    log.close()
+    assert run([*command, "--format", "lerobot"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out 1 episodes that nobody has judged: `fieldtune episodes label`" in said
+    assert "`--status unjudged` exports them" in said

@@ -39,7 +39,8 @@ def test_a_bridge_gets_only_tasks_that_it_offers() -> None:
     assert schedule.next(()) is None
 
 
-def test_an_aborted_training_episode_has_had_its_turn_and_says_nothing_of_success() -> None:
+@pytest.mark.parametrize("end", ["aborted", "unjudged"])
+def test_a_training_episode_that_says_nothing_of_success_has_had_its_turn(end: End) -> None:
     schedule, before = training(), training().shares
     drawn = []
     for _ in range(30):
@@ -47,9 +48,12 @@ def test_an_aborted_training_episode_has_had_its_turn_and_says_nothing_of_succes
         assert episode is not None
         drawn.append(episode[0])
         # A task that always breaks off keeps its share and takes no more.
-        schedule.ended(*episode, "aborted")
+        schedule.ended(*episode, end)
     assert schedule.shares == before
     assert {task: drawn.count(task) for task in TASKS} == {"a": 10, "b": 10, "c": 10}
+    for seed in range(20):
+        schedule.ended("a", seed, end)
+    assert schedule.shares == before
 
 
 def test_a_solved_task_keeps_three_quarters_of_an_equal_share_and_the_neediest_gets_one_and_a_half_at_most() -> None:

@@ -177,6 +177,24 @@ def test_a_run_without_training_still_has_a_report(tmp_path: Path) -> None:
     assert "cannot be paired" in page.text and "0 environment steps" in page.text
 
 
+def test_what_nobody_has_judged_is_no_failure(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    rows = [trial_row("reach", i, True, 20, i) for i in range(40)]
+    waiting = [i for i in range(40) if i % 4 == 0]
+    rows = [replace(row, status="unjudged") if i in waiting else row for i, row in enumerate(rows)]
+    EpisodeIndex(run.episodes).add(rows)
+    before = summarise(rows, version=BEFORE, horizon_steps=HORIZON)
+    after = summarise([rows[0]], version=AFTER, horizon_steps=HORIZON)
+    report = gather(run, DEPLOYMENT, before, after)
+    success = next(plot for plot in report.plots if plot.name == "success")
+    assert report.env_steps == 800 and success.lines[0].x[0] == 14 * 20  # its steps count
+    assert set(success.lines[0].y) == {1.0} and "10 episodes that nobody has judged are left out" in success.caption
+    assert [point.label for point in success.points] == ["before"]  # nothing is known of the other
+    page = Page(write_report(run, DEPLOYMENT, before, after).read_text(encoding="utf-8"))
+    assert "Left out before: episodes 10 that nobody has judged. Left out after: episodes 1 that nobody" in page.text
+    assert "100.0 % → -" in page.text
+
+
 def test_rolling_mean() -> None:
     assert rolling_mean([1, 2, 3, 4], [0, 1, 1, 0], 2) == ([2, 3, 4], [0.5, 1, 0.5])
     assert rolling_mean([1], [1], 2) == ([], [])

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from run_logs import EPISODE_S, FIRST, LAST, evaluation, make_run, pooled_steps, store_evaluation, trial_row
+from run_logs import EPISODE_S, FIRST, HORIZON, LAST, evaluation, make_run, pooled_steps, store_evaluation, trial_row
 
 from bridge.backends.metaworld_bound import GoalBound, HandMotion, KinematicBound
 from bridge.backends.metaworld_tasks import DIFFICULTY, MT10, MT50
 from bridge.config import BackendConfig
 from fieldtune import cli
+from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.evaluate import load_evaluation
@@ -27,7 +28,7 @@ from trainer.results_page import render
 from trainer.results_plots import windows
 from trainer.results_record import read_record, write_record
 from trainer.results_table import headline, verdict
-from trainer.statistics import Evaluation, ratio_interval, t_interval, wilson
+from trainer.statistics import Evaluation, ratio_interval, summarise, t_interval, wilson
 
 GOALS = 10
 
@@ -345,6 +346,28 @@ def test_only_common_goals_count(tmp_path: Path) -> None:
     assert any("not evaluated on the same goals" in note for note in run.unfinished)
 
 
+def test_what_nobody_has_judged_is_told_and_is_no_failure(tmp_path: Path) -> None:
+    tasks = ("reach-v3",)
+    waits = replace(trial_row("reach-v3", 2_000_000, True, 50), status="unjudged")
+    nothing = summarise([waits, replace(waits, seed=2_000_001)], version=FIRST, horizon_steps=HORIZON)
+    run = make_run(tmp_path / "early", tasks, nothing, None)
+    run.episodes.mkdir()
+    EpisodeIndex(run.episodes).add([waits, trial_row("reach-v3", 5, False, 50, 1)])
+    found = contestant(run.path)
+    assert [episode.success for episode in found.run.training] == [None, False]
+    assert found.run.cost.env_steps == 50 + HORIZON and found.run.cost.episodes == 2
+    text = render(grouped([found]), {}, [])
+    assert "No episode of an evaluation has been judged yet." in text
+    assert "left out of the evaluation of version 1: episodes 2 that nobody has judged" in text
+    # Beside a run that was judged its figures are missing, not 0.
+    make_run(tmp_path / "done", tasks, result(FIRST, 78, tasks=tasks), result(LAST, 60, tasks=tasks), seed=1)
+    text = render(grouped([found, contestant(tmp_path / "done")]), {}, [])
+    assert "| 0 | `early` | - -> - |" in text and "| success, mean of the tasks | 1.000 (1 of 2 seeds) |" in text
+    partly = replace(result(LAST, 60, tasks=tasks), unjudged=3)
+    make_run(tmp_path / "partly", tasks, result(FIRST, 78, tasks=tasks), partly)
+    assert read_run(tmp_path / "partly").left_out == 3
+
+
 def test_windows_of_training() -> None:
     rows = [TrainingEpisode("reach-v3", i % 2 == 0, 50 + i, 0.1 * i) for i in range(25)]
     x = [float(i) for i in range(25)]
@@ -352,7 +375,12 @@ def test_windows_of_training() -> None:
     assert [(w.x, w.y) for w in success] == [(12.0, 7 / 13)] and (success[0].low, success[0].high) == wilson(7, 13)
     steps = windows(rows, x, "steps", 40)
     assert [w.y for w in steps] == [54.0, 64.0] and steps[0].low < 54 < steps[0].high
-    assert windows(rows[:5], x, "steps", 40) == [] and windows([rows[1]] * 10, x, "steps", 40) == []
+    assert windows(rows[:5], x[:5], "steps", 40) == [] and windows([rows[1]] * 10, x[:10], "steps", 40) == []
+    # What nobody has judged moves the others along and is no failure.
+    waiting = TrainingEpisode("reach-v3", None, 50, 0.0)
+    between = [episode for row in rows for episode in (waiting, row)]
+    moved = windows(between, [float(i) for i in range(50)], "success", 2)
+    assert [(w.x, w.y) for w in moved] == [(25.0, 7 / 13)]
 
 
 def test_the_expert_on_the_goals_of_an_evaluation(tmp_path: Path) -> None:
