@@ -88,6 +88,9 @@ def ablate(
     start = Up(deployment, config, overrides, stop_on_signals(), as_json)
     runs = {name: _child(start, name, ablation) for name, ablation in chosen.items()}  # all mistakes before any work
     rows = [_row_of_start(start)]
+    if rows[0] is not None:
+        for name, child in runs.items():
+            _require_same_start(start, child, name)
     rows += finished_before(start, set(chosen))
     failed: list[str] = []
     for name, child in runs.items():
@@ -128,6 +131,17 @@ def _child(start: Up, name: str, ablation: Ablation) -> Up:
             f"ablation {name}: {child.run.path} was made with other settings; move it away, or rename the file"
         )
     return child
+
+
+def _require_same_start(start: Up, child: Up, name: str) -> None:
+    """Raise `ConfigError` if the ablation's run, finished or not, has begun with another version than the start."""
+    served, first = Registry(child.run.registry).served(), _first(start.run)
+    if served and served[0].version != first:
+        raise ConfigError(
+            f"ablation {name}: {child.run.path} has begun with version {served[0].version[:12]}, {start.run.path} with "
+            f"{first[:12]}, so the two cannot be compared; move {child.run.path} away or remove it, or copy the "
+            "ablation's file to another name"
+        )
 
 
 def _row_of_start(start: Up) -> Row | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from fieldtune.ablation import ablated_overrides, ablation_names, load_ablated, load_ablation
 from fieldtune.cli import run
@@ -107,6 +109,39 @@ def test_what_earlier_calls_finished_is_in_the_table_if_its_settings_are_the_sam
     assert [row.name for row in finished_before(start, ())] == ["full", "no_ppo"]
     assert [row.name for row in finished_before(start, {"no_ppo"})] == ["full"]
     assert finished_before(start_of("trainer.ppo.epochs=9"), ()) == []
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_has_begun_elsewhere_is_not_taken_for_an_ablation_of_this_start(
+    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, version in (("point", "a" * 64), ("point-ablation-full", "a" * 64), ("point-ablation-no_ppo", "b" * 64)):
+        registry = Registry(RunDir(tmp_path / name).registry)
+        registry.add(version, parent="", made={})
+        registry.set_live(version, why="start")
+    row = Row(
+        name="sft",
+        why="",
+        overrides=(),
+        version="a" * 64,
+        env_steps=0,
+        minutes=0.0,
+        result=result_of([[Trial("reach", 1, True, 5)]], 0, 40),
+        deployment=load_deployment("point", (f"runs={tmp_path}",)),
+    )
+    child = tmp_path / "point-ablation-no_ppo"
+    if finished:
+        write_json(child / "ablation.json", replace(row, name="no_ppo"))
+    ran = []
+    monkeypatch.setattr(ablate_command, "_row_of_start", lambda start: row)
+    monkeypatch.setattr(ablate_command, "_row_of", lambda start, child, name, ablation: ran.append(name))
+    ask = ["ablate", "full", "no_ppo", "--base", "point", "--json", "--set", f"runs={tmp_path}"]
+    assert run(ask) == 2 and not ran, "refused before hours of work"
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no_ppo: {child} has begun with version {'b' * 12}, {tmp_path / 'point'} with {'a' * 12}" in said
+    assert f"move {child} away or remove it" in said
+    shutil.rmtree(child)
+    assert run(ask) == 0 and ran == ["full", "no_ppo"]
 
 
 @pytest.mark.parametrize("error", [EvaluationError("no server"), ChildFailedError("no runtime")])
