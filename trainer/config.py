@@ -14,6 +14,9 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Correlation = Annotated[float, Meta(ge=0, lt=1)]
 
+ATTEMPTS_PER_DEMO = 5
+"""Seeds that the scripted expert may try for each demonstration that is wanted."""
+
 
 class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Scripted demonstrations."""
@@ -21,10 +24,16 @@ class DemosConfig(Struct, frozen=True, forbid_unknown_fields=True):
     per_task: Count = 10
     """Successful demonstrations collected for each task."""
     first_seed: int = 0
-    """Seeds are taken from here upwards; a demonstration that fails is not kept and its seed is passed over."""
+    """Seeds are taken from here upwards, at most five for each demonstration that is wanted: one that fails is not kept
+    and its seed is passed over."""
     workers: Count | None = None
     """Processes that each drive one backend. None: one for each core, as far as there is work for them, but one for a
     backend whose time passes by itself (a robot). The demonstrations are the same for any number."""
+
+    @property
+    def seeds(self) -> range:
+        """All that may be tried for a task."""
+        return range(self.first_seed, self.first_seed + ATTEMPTS_PER_DEMO * self.per_task)
 
 
 class VLAConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -213,7 +222,7 @@ class TrainerConfig(Struct, frozen=True, forbid_unknown_fields=True):
         evaluated = range(self.evaluate.first_seed, self.evaluate.first_seed + self.evaluate.episodes_per_task)
         for name, used in (
             ("train_first_seed, train_seeds", range(self.train_first_seed, self.train_first_seed + self.train_seeds)),
-            ("demos", range(self.demos.first_seed, self.demos.first_seed + self.demos.per_task)),
+            ("demos", self.demos.seeds),
         ):
             if used.start < evaluated.stop and evaluated.start < used.stop:
                 raise ValueError(

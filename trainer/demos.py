@@ -21,10 +21,9 @@ from trainer.attempts import (
     attempts_here,
     attempts_in_workers,
 )
-from trainer.config import DemosConfig
+from trainer.config import ATTEMPTS_PER_DEMO, DemosConfig
 from trainer.environment import usable_cores
 
-ATTEMPTS_PER_DEMO = 5
 STORE_TIMEOUT_S = 60.0
 DEMOS_PER_WORKER = 10
 """Where the number of workers is left to us: to start a simulator costs as much as about ten demonstrations with it."""
@@ -149,7 +148,7 @@ class _Seeds:
         self._wanted, self._horizon_steps = config.per_task, horizon_steps
         self._next = self._first_open = rows[-1].seed + 1 if rows else config.first_seed
         # Bounded by the seed, not by a count of attempts, so that stopping and resuming does not extend it.
-        self._end = config.first_seed + ATTEMPTS_PER_DEMO * config.per_task
+        self._end = config.seeds.stop
         self._waiting: dict[int, Attempt] = {}
 
     def ready(self) -> bool:

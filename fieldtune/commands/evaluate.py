@@ -64,6 +64,9 @@ def evaluate(
     if instructions is not None:
         overrides = (*overrides, f"backend.options.instructions={instructions}")
     deployment = load_deployment(config, overrides)
+    if episodes is not None:
+        # For its check alone: none of so many goals may be trained on. The usual goals stay those of the deployment.
+        load_deployment(config, (*overrides, f"trainer.evaluate.episodes_per_task={episodes}"))
     stop = stop_on_signals()
     wanted = policy or Registry(run_dir(deployment).registry).live()
     if wanted is None:

@@ -77,6 +77,17 @@ def test_no_command_is_bad_usage(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage: fieldtune" in capsys.readouterr().out
 
 
+def test_goals_that_only_this_evaluation_has_are_not_trained_on_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = ["eval", "point", "--set", "trainer.evaluate.first_seed=9000", "--episodes"]
+    assert run([*ask, "1001"]) == 2
+    assert "goals from seeds 9000 to 10000 are trained on" in " ".join(capsys.readouterr().err.split())
+    assert run([*ask, "1000"]) == 1
+    assert "has no version yet" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"fieldtune {__version__}\n"
