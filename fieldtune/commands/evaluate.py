@@ -62,7 +62,7 @@ def evaluate(
     if episodes is not None and episodes < 1:
         raise ConfigError(f"--episodes {episodes}: expected at least 1")
     if instructions is not None:
-        overrides = (*overrides, f"backend.options.instructions={instructions}")
+        overrides = told_in(config, overrides, instructions)
     deployment = load_deployment(config, overrides)
     if episodes is not None:
         # For its check alone: none of so many goals may be trained on. The usual goals stay those of the deployment.
@@ -139,6 +139,15 @@ def evaluate_version(
             progress=advance,
             warn=warn,
         )
+
+
+def told_in(config: str, overrides: tuple[str, ...], wordings: Literal["training", "held_out"]) -> tuple[str, ...]:
+    """The overrides with which the policy is told these wordings: what was given, where it is told those of training
+    anyway. An option more would make another evaluation of it.
+    """
+    told = (*overrides, f"backend.options.instructions={wordings}")
+    now, then = (make_backend(load_deployment(config, those).backend).spec.instructions for those in (overrides, told))
+    return overrides if wordings == "training" and now == then else told
 
 
 def usual_goals(run: RunDir, deployment: Deployment) -> EvaluateConfig:

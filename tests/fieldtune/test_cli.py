@@ -18,6 +18,7 @@ import pytest
 from fieldtune import __version__
 from fieldtune.cli import COMMANDS, run
 from fieldtune.commands.common import run_dir
+from fieldtune.commands.evaluate import told_in
 from fieldtune.commands.status import status_table
 from fieldtune.commands.train import announce, runs_since, was_taken
 from fieldtune.deployment import load_deployment
@@ -511,12 +512,19 @@ def test_an_evaluation_with_held_out_wordings_has_a_log_of_its_own(
     (prepared / "worded.py").write_text(WORDED)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(prepared), os.environ.get("PYTHONPATH", "")]))
     told = []
-    for extra in ((), held_out):
+    for extra in ((), ("--instructions", "training"), held_out):
         done = fieldtune(*ask, *extra, "--set", "backend={name: 'worded:Worded'}", cwd=prepared)
         assert one_object(done.stdout)["version"] == version
-        directory = RunDir(prepared / "runs/worded").evaluation(version, extra[-1] if extra else "")
+        directory = RunDir(prepared / "runs/worded").evaluation(version, "held_out" if extra == held_out else "")
         assert (directory / "result.json").exists()
         index = EpisodeIndex(directory)
         rows = [row for row in index.after(0) if row.seed >= 3_000_000]
         told.append(sorted(read_episode(index.path(row)).start.instruction for row in rows))
-    assert told == [["go", "move the dot to the square"], ["get to it", "reach"]]
+    training = ["go", "move the dot to the square"]
+    assert told == [training, training, ["get to it", "reach"]]
+    # Where the configuration tells other wordings, those of training have to be asked for.
+    monkeypatch.syspath_prepend(str(prepared))
+    options = ("backend={name: 'worded:Worded', options: {instructions: held_out}}",)
+    asked = "backend.options.instructions=training"
+    assert told_in("point", options, "training") == (*options, asked)
+    assert told_in("point", ("backend={name: 'worded:Worded'}",), "training") == ("backend={name: 'worded:Worded'}",)
