@@ -53,6 +53,9 @@ class Guard:
         self.stopped = ""
         """Why the robot is stopped; empty if it is not."""
         self.paused = False
+        """By the operator of the runtime, or by the one at this computer."""
+        self.told_to_pause = False
+        """By the operator of the runtime; another runtime takes that over."""
         self.ending: Ending = ""
         """How the operator wants the running episode to end."""
         self.holding = ""
@@ -68,7 +71,7 @@ class Guard:
         self._halted = ""  # why the episode was stopped; only `begin` lifts that, a reset does not bring it back
         self._armed = False
         self._episode = ""
-        self._paused_here = self._paused_there = False
+        self._paused_here = False
         self._loop_s = self._heard_s = 0.0
         self._doing = ""
 
@@ -206,7 +209,7 @@ class Guard:
     def pause(self, paused: bool) -> None:
         """Hold the robot, or let it go on, as the operator at this computer wants."""
         self._paused_here = paused
-        self.paused = self._paused_here or self._paused_there
+        self.paused = self._paused_here or self.told_to_pause
 
     def finish(self, ending: Ending) -> None:
         """End the running episode, if there is one, so. One that is being reset has not begun: what is said then is
@@ -226,8 +229,7 @@ class Guard:
         if self._resetting:
             return "resetting", ""
         if self.paused:
-            # Also while the runtime is silent: another one takes over what is said here.
-            return "paused", "" if self._paused_there else PAUSED_HERE
+            return "paused", "" if self.told_to_pause else PAUSED_HERE
         if self.holding:
             return "holding", self.holding
         return ("driving" if self._episode else "idle"), ""
@@ -241,8 +243,8 @@ class Guard:
             self.reset()
         if orders.stopped:
             self.stop(orders.stopped)
-        self._paused_there = orders.paused
-        self.paused = self._paused_here or self._paused_there
+        self.told_to_pause = orders.paused
+        self.paused = self._paused_here or self.told_to_pause
         if orders.end and orders.episode == self._episode:
             self.finish(orders.end)
 

@@ -128,8 +128,8 @@ class EndEpisode(Message, frozen=True, tag="end_episode"):
 class Watch(Message, frozen=True, tag="watch"):
     """A bridge's sign of life, several times a second over a connection of its own; answered at once by `Orders`.
 
-    `bridge` names this process for as long as it lives; `why` says why it is stopped or holds. A session whose bridge
-    says that it is stopped has its open episode closed as aborted.
+    `bridge` names this process for as long as it lives; `why` says why it is stopped or holds, `paused` whether its
+    last orders were to pause. A session whose bridge says that it is stopped has its open episode closed as aborted.
     """
 
     bridge: str
@@ -137,6 +137,7 @@ class Watch(Message, frozen=True, tag="watch"):
     session: str
     state: RobotState
     why: str = ""
+    paused: bool = False
 
 
 class Operate(Message, frozen=True, tag="operate"):

@@ -66,9 +66,15 @@ class Watcher:
                 (state, why), session = guard.state, self.session
                 now_s = time.monotonic()
                 if now_s >= next_s or not said or (state, session) != last:
-                    said = self._say(
-                        socket, Watch(bridge=self._bridge, client=self._client, session=session, state=state, why=why)
+                    beat = Watch(
+                        bridge=self._bridge,
+                        client=self._client,
+                        session=session,
+                        state=state,
+                        why=why,
+                        paused=guard.told_to_pause,
                     )
+                    said = self._say(socket, beat)
                     next_s, last = now_s + beat_s, (state, session)
         except Exception as error:  # noqa: BLE001 - nothing may run unguarded, whatever it was
             guard.stop(f"its guard has failed ({type(error).__name__}: {error}); start the bridge again")

@@ -55,10 +55,8 @@ class Operator:
         """Note what a bridge says of itself, and answer with its orders."""
         known = self._robots.get(message.bridge)
         now_s = time.monotonic()
-        # One that is paused stays so for a runtime that has started anew, and one that was for a bridge that has. With
-        # a `why` the pause is the robot's own, and the robot lifts it.
-        taken_over = message.state == "paused" and not message.why
-        paused = self._paused or taken_over or message.client in self._paused_names
+        # One that was told to pause stays so for a runtime that has started anew, and for a bridge that has.
+        paused = self._paused or message.paused or message.client in self._paused_names
         was_resetting = known is not None and known.state == message.state == "resetting"
         robot = self._robots[message.bridge] = Robot(
             identity=identity,

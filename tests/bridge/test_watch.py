@@ -248,3 +248,26 @@ def test_a_stop_is_obeyed_while_the_hold_of_the_dead_man_hangs(serve: Any) -> No
     finally:
         go.set()
         watcher.close()
+
+
+def test_a_runtime_that_starts_anew_while_a_paused_robot_is_stopped_leaves_it_paused(
+    serve: Any, tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/policy.sock"
+    serving = serve(endpoint=endpoint)
+    guard = Guard(Robot(), SafetyConfig(), warn=lambda message: None)
+    watcher = Watcher(guard, endpoint, client="arm", keys=None)
+    watcher.start()
+    try:
+        until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+        serving.client("operator").request(Operate(command="pause"), Operated)
+        until(lambda: guard.paused, "the pause")
+        guard.stop("a hand")
+        until(lambda: serving.status()["robots"] == {"arm": "stopped: a hand"}, "the stop")
+        serving.stop()
+        again = serve(endpoint=endpoint)
+        until(lambda: again.status()["robots"] == {"arm": "stopped: a hand"}, "the robot to be known again")
+        again.client("operator").request(Operate(command="reset"), Operated)
+        until(lambda: again.status()["robots"] == {"arm": "paused"}, "the reset, and the pause that goes on")
+    finally:
+        watcher.close()

@@ -39,11 +39,17 @@ class Bridge:
         self._socket = connect_dealer(self._context, endpoint, None)
         self._request = 0
 
-    def beat(self, state: RobotState = "driving", why: str = "") -> Orders:
+    def beat(self, state: RobotState = "driving", why: str = "", *, paused: bool = False) -> Orders:
         """Say something, and read the answer; orders that came unasked must have been read before."""
         self._request += 1
         beat = Watch(
-            request=self._request, bridge=self.client, client=self.client, session=self.session, state=state, why=why
+            request=self._request,
+            bridge=self.client,
+            client=self.client,
+            session=self.session,
+            state=state,
+            why=why,
+            paused=paused,
         )
         self._socket.send_multipart(encode(beat))
         orders = self.orders()
@@ -173,10 +179,13 @@ def test_one_robot_or_all_are_paused_and_so_is_who_comes_later(scene: Callable[.
         late.close()
 
 
-def test_a_robot_that_was_paused_stays_so_until_somebody_resumes_it(scene: Callable[..., Scene]) -> None:
+@pytest.mark.parametrize("state", ["paused", "resetting", "stopped"])
+def test_a_robot_that_was_told_to_pause_stays_so_until_somebody_resumes_it(
+    scene: Callable[..., Scene], state: RobotState
+) -> None:
     s = scene()
     # The runtime has started anew: it knows of no pause, the robot does.
-    assert s.bridge.beat("paused").paused
+    assert s.bridge.beat(state, paused=True).paused
     # The bridge has started anew: it knows of no pause, the runtime does.
     first, again = Bridge(s.serving.endpoint, "arm2", ""), Bridge(s.serving.endpoint, "arm2", "")
     try:
