@@ -155,6 +155,11 @@ class EpisodeLog:
                 open=len(self._episodes), queued_bytes=self._queue.queued_bytes, error=self._error, **self._counts
             )
 
+    @property
+    def writer_died(self) -> bool:
+        """Whether nothing is written any more, because of a bug; its traceback is on stderr."""
+        return self._closed == WRITER_DIED
+
     def close(self) -> None:
         """End open episodes as aborted, write all that waits, release the directory; idempotent.
 

@@ -128,6 +128,8 @@ class PolicyServer:
             while not stopped():
                 if not self._rollouts.inference.alive:
                     raise RuntimeError("the inference thread has died; its traceback is above")
+                if self._log.writer_died:
+                    raise RuntimeError("the episode log's writer has died; its traceback is above")
                 with self._lock:
                     waiting = self._take_messages()
                     self._close_silent()

@@ -3,6 +3,7 @@
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from bridge.messages import (
     decode_reply,
     encode,
 )
+from runtime import episode_file
 from runtime.bundle import BundleError
 from runtime.episodes import EpisodeLog
 from runtime.reading import read_episode
@@ -395,3 +397,20 @@ def test_nothing_of_the_servers_insides_is_told(serve: Any, point: Backend, fake
     answer = refused(lambda: robot.infer(robot.observation(point.spec)))
     assert answer.message == "inference failed: boom"
     assert "Traceback" not in answer.message
+
+
+def test_a_server_that_can_log_nothing_any_more_ends(
+    serve: Any, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda thread: said.append(str(thread.exc_value)))
+    monkeypatch.setattr(episode_file, "write_all", lambda *_: 1 / 0)
+    serving = serve()
+    robot = serving.robot(point.spec)
+    robot.next()
+    with suppress(RefusedError, SilentError):
+        robot.client.timeout_s = 1.0
+        robot.infer(robot.observation(point.spec))
+    serving.thread.join(ENOUGH_S)
+    assert not serving.alive and said[-1].startswith("the episode log's writer has died")
+    serving.stopped.set()
