@@ -25,6 +25,7 @@ from bridge.messages import Governing
 from runtime.bundle import BundleError
 from runtime.canary import Canary
 from runtime.config import DeployConfig
+from runtime.ended import EndedEpisodes
 from runtime.gate import GateReport, gate_episodes, judge
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.live_watch import LiveWatch
@@ -36,7 +37,6 @@ from runtime.swap import Live
 from runtime.trial import Trial, tells_of_one
 
 POLL_S = 0.25
-PULL_ROWS = 1000
 
 
 class Staging:
@@ -61,7 +61,6 @@ class Staging:
         self._goes_back = True
         self._pinned_by = self._registry.pinned()
         self._standing: dict[str, Any] = {}
-        self._waiting: list[EpisodeRow] = []
         self._for_trial: deque[EpisodeRow] = deque()
         self._failure: tuple[str, str] | None = None
         version = live().version
@@ -70,8 +69,8 @@ class Staging:
         since = self._registry.stages(version)[-1].evidence
         self._live_since_unix_s = float(since["since_unix_s"])
         # An index that was made anew counts from the beginning.
-        self._cursor = min(int(since["since_seq"]), self._newest_seq())
-        self._resume()
+        after_seq = min(int(since["since_seq"]), self._newest_seq())
+        self._ended = EndedEpisodes(self._index, self._resume(after_seq))
         self._note()
 
     def start(self, open_since: Callable[[], float]) -> None:
@@ -191,8 +190,10 @@ class Staging:
 
     # --- changes --------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
-        """A canary that ran goes on. A candidate that was at the gate may be why the runtime ended: it is rejected."""
+    def _resume(self, after_seq: int) -> int:
+        """A canary that ran goes on. A candidate that was at the gate may be why the runtime ended: it is rejected.
+        Gives the row behind which the log is to be read again, at most `after_seq`.
+        """
         live = self._live().version
         last = {change.version: change for change in self._registry.stages()}
         for version, change in last.items():
@@ -203,12 +204,13 @@ class Staging:
                     self._reject(version, str(error), "rule", {})
                     continue
                 self._trial = self._new_trial(policy, change.evidence["since_unix_s"])
-                self._cursor = min(self._cursor, change.evidence["since_seq"])
+                after_seq = min(after_seq, change.evidence["since_seq"])
                 self._warn(f"canary {version[:12]} goes on")
             elif change.stage in ("candidate", "canary"):
                 self._reject(version, "the runtime was stopped while it was judged", "rule", {})
             elif change.stage == "live" and version != live:
                 self._registry.enter(version, "retired", why=f"{live[:12]} was made live while nothing was staged")
+        return after_seq
 
     def _judged(self, policy: Policy, live: Policy) -> GateReport:
         try:
@@ -315,10 +317,7 @@ class Staging:
                     self._warn(f"staging: {error}")
 
     def look(self) -> None:
-        """Take in what has ended since, in the order in which it began.
-
-        Short episodes end before long ones that began earlier; taken as they come, successes would be seen first.
-        """
+        """Take in what has ended since."""
         with self._settled_later():
             self._end_or_settle()
             taken = self._take_new() + self._take_for_trial()
@@ -338,19 +337,15 @@ class Staging:
 
     def _take_new(self) -> int:
         """Rows of the log into the watch on the live version and into the queue of the canary; how many."""
-        open_since = self._open_since()
-        while new := self._index.after(self._cursor, PULL_ROWS):
-            self._cursor = new[-1].seq
-            self._waiting += new
-        self._waiting.sort(key=lambda row: row.started_unix_s)
         taken = 0
-        while self._waiting and self._waiting[0].started_unix_s < open_since and not self._stop.is_set():
-            row = self._waiting.pop(0)
+        for row in self._ended.before(self._open_since()):
             taken += 1
             if tells_of_one(row):
                 self._for_trial.append(row)
                 with self._changing:
                     self._check_drift(row)
+            if self._stop.is_set():
+                break
         return taken
 
     def _take_for_trial(self) -> int:
