@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from bridge.messages import (
     PROTOCOL,
     Announce,
+    Code,
     EndEpisode,
     GetStatus,
     Govern,
@@ -250,13 +251,14 @@ class PolicyServer:
             try:
                 version = change()
             except BundleError as error:
-                self._finish(partial(self._swap_refused, identity, request, error.part, error.message))
+                self._finish(partial(self._swap_refused, identity, request, "bundle", error.part, error.message))
                 return
             except RegistryError as error:
-                self._finish(partial(self._swap_refused, identity, request, "version", str(error)))
+                self._finish(partial(self._swap_refused, identity, request, "version", "version", str(error)))
                 return
             except Exception as error:  # noqa: BLE001 - a path or graph of somebody else's; the client is told
-                self._finish(partial(self._swap_refused, identity, request, "bundle", f"cannot be loaded: {error}"))
+                why = f"cannot be loaded: {error}"
+                self._finish(partial(self._swap_refused, identity, request, "bundle", "bundle", why))
                 return
             self._finish(lambda: self._swapped(identity, request, version, before))
 
@@ -265,9 +267,9 @@ class PolicyServer:
     def _swapped(self, identity: bytes, request: int, version: str, before: str) -> None:
         self._router.send(identity, Serving(request=request, version=version, previous=before))
 
-    def _swap_refused(self, identity: bytes, request: int, part: str, message: str) -> None:
+    def _swap_refused(self, identity: bytes, request: int, code: Code, field: str, message: str) -> None:
         self._counters.refused_swaps += 1
-        self._router.refuse(identity, request, "bundle", part, message)
+        self._router.refuse(identity, request, code, field, message)
 
     # --- ends -----------------------------------------------------------------------------------------------------
 

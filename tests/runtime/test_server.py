@@ -45,6 +45,7 @@ from runtime import episode_file
 from runtime.bundle import BundleError
 from runtime.episodes import EpisodeLog
 from runtime.reading import read_episode
+from runtime.registry import RegistryError
 from runtime.status import Status
 
 # --- hello ------------------------------------------------------------------------------------------------------------
@@ -157,16 +158,17 @@ def test_serving_goes_on_while_a_bundle_is_loaded(serve: Any, point: Backend, fa
 
 
 @pytest.mark.parametrize(
-    ("error", "field", "text"),
+    ("error", "code", "field", "text"),
     [
-        (BundleError("weights.safetensors", "is missing"), "weights.safetensors", "is missing"),
-        (OSError(5, "Input/output error"), "bundle", "Input/output error"),
-        (ValueError("embedded null byte"), "bundle", "embedded null byte"),
-        (MemoryError("too big"), "bundle", "too big"),
+        (BundleError("weights.safetensors", "is missing"), "bundle", "weights.safetensors", "is missing"),
+        (RegistryError("no version begins with 'abcd'"), "version", "version", "begins with 'abcd'"),
+        (OSError(5, "Input/output error"), "bundle", "bundle", "Input/output error"),
+        (ValueError("embedded null byte"), "bundle", "bundle", "embedded null byte"),
+        (MemoryError("too big"), "bundle", "bundle", "too big"),
     ],
 )
 def test_a_swap_that_fails_is_refused_and_the_live_version_stays(
-    serve: Any, point: Backend, error: Exception, field: str, text: str
+    serve: Any, point: Backend, error: Exception, code: str, field: str, text: str
 ) -> None:
     serving = serve()
     live = serving.live().version
@@ -176,7 +178,7 @@ def test_a_swap_that_fails_is_refused_and_the_live_version_stays(
 
     serving.live.change = change
     answer = refused(lambda: serving.client().request(Announce(path="/x"), Serving))
-    assert (answer.code, answer.field) == ("bundle", field) and text in answer.message
+    assert (answer.code, answer.field) == (code, field) and text in answer.message
     status = serving.status()
     assert (status["version"], status["swaps"], status["refused_swaps"]) == (live, 0, 1)
     serving.robot(point.spec).run_episode(point.spec)
