@@ -286,6 +286,23 @@ def test_a_paused_robot_whose_bridge_starts_again_does_not_move_until_it_is_resu
     until(lambda: "reset" in worker.backend.calls, "the robot to go on")
 
 
+def test_a_paused_episode_can_be_ended_and_the_next_waits_until_the_robot_is_resumed(
+    serve: Any, work: Start, point: Backend
+) -> None:
+    serving = serve(horizon_steps=1_000_000)
+    operator = serving.client("operator")
+    worker = work(serving.endpoint, backend=WatchedRobot(point))
+    until(lambda: serving.status()["decisions"] > 1, "the robot to drive")
+    operator.request(Operate(command="pause"), Operated)
+    until(lambda: serving.status()["robots"] == {"worker": "paused"}, "the pause")
+    operator.request(Operate(command="success"), Operated)
+    until(lambda: serving.status()["episodes"] == {"success": 1}, "the end of the episode")
+    time.sleep(0.5)
+    assert worker.backend.calls.count("reset") == 1, "somebody puts the scene back"
+    operator.request(Operate(command="resume"), Operated)
+    until(lambda: worker.backend.calls.count("reset") == 2, "the next episode")
+
+
 def test_a_runtime_that_gives_no_orders_gives_no_episode_either(
     serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
