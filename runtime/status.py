@@ -59,7 +59,7 @@ class Status(Struct, frozen=True, kw_only=True):
     finished: bool
     """No episode will be assigned any more."""
     robots: dict[str, str] = {}
-    """What each bridge does: idle, driving, paused, holding or stopped, and why."""
+    """What each bridge does, a `RobotState` of `bridge.messages`, and why."""
     stopped: str = ""
     """Why all robots are stopped; empty if they are not."""
     interventions: dict[str, int] = {}

@@ -125,7 +125,7 @@ def drive(
 
 
 def ticks_line(ticks: Ticks) -> str:
-    """What became of the ticks (docs/safety.md). Only a robot's loop has a pace, so only it works and sleeps."""
+    """What became of the ticks (docs/control.md). Only a robot's loop has a pace, so only it works and sleeps."""
     pace = f"work {ticks.work_s:.1f} s, sleep {ticks.sleep_s:.1f} s, " if ticks.work_s else ""
     counts = f"{ticks.overruns} overruns, {ticks.starved} starved, {ticks.held} held"
     return f"{ticks.ticks} ticks: {pace}{counts}"
