@@ -68,8 +68,9 @@ class SafetyConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The side of the robot or simulator."""
 
-    workers: Count = 1
-    """Processes that each drive one backend; a robot has one."""
+    workers: Annotated[int, Meta(ge=0)] = 1
+    """Processes that each drive one backend; a robot has one. 0: `fieldtune up` starts none, because `fieldtune drive`
+    runs on the robot's computer."""
     niceness: Annotated[int, Meta(ge=0, le=19)] = 0
     """Added to the niceness of the workers that `fieldtune up` starts. Simulators that share the cores with a trainer
     should stand back (8): they are several, it is one. A robot's bridge must not."""

@@ -82,6 +82,12 @@ def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deploym
     return parse(load_yaml(path), Deployment, str(path), overrides)
 
 
+def require_workers(deployment: Deployment, what: str) -> None:
+    """Raise `ConfigError` where the robots are driven elsewhere, so that `what` has nobody to drive."""
+    if deployment.bridge.workers < 1:
+        raise ConfigError(f"$.bridge.workers: is 0, and {what} starts workers of its own; expected at least 1")
+
+
 def shipped_configs() -> Path:
     """`configs/`: inside the installed package, or beside it in a checkout."""
     installed = Path(str(resources.files("fieldtune"))) / "configs"

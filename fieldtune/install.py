@@ -7,7 +7,7 @@ from pathlib import Path
 from bridge.backends import make_backend
 from bridge.config import ConfigError
 from fieldtune.deployment import Deployment, find_bundle
-from runtime.bundle import install_bundle, read_bundle
+from runtime.bundle import BundleError, install_bundle, read_bundle
 from runtime.policy import Policy, compare_specs
 from runtime.registry import Registry, RegistryError
 from runtime.rundir import RunDir
@@ -45,15 +45,35 @@ def find_version(deployment: Deployment, wanted: str) -> str:
 def install_to_train(deployment: Deployment, policy: str) -> str:
     """Install the bundle that `policy` means (`find_bundle`), which is to be trained further; returns its version.
 
-    Raises what `install` raises, and `ConfigError` naming the setting of `trainer.vla` that the policy does not fit.
-    Whether its weights fit is found by the trainer, which has the network.
+    Raises what `install` raises, and `ConfigError` where the trainer's network is another.
     """
     bundle = find_bundle(policy)
-    spec, vla = read_bundle(bundle).spec, deployment.trainer.vla
+    require_trainable(deployment, bundle, policy)
+    return install(deployment, bundle, policy)
+
+
+def require_trainable(deployment: Deployment, bundle_dir: Path, name: str) -> None:
+    """Raise `ConfigError` if the trainer could not go on from this bundle, which the user knows as `name`: now, and not
+    after a robot has worked for it. Names the setting of `trainer.vla` where it is one.
+    """
+    from trainer.export import load_weights
+    from trainer.vla import VLA
+
+    as_it_is = "`fieldtune up --no-training` lets it work as it is"
+    bundle, vla = read_bundle(bundle_dir), deployment.trainer.vla
     for key, wanted, has in (
-        ("horizon_steps", vla.horizon_steps, spec.horizon),
-        ("max_tokens", vla.max_tokens, spec.tokens),
+        ("horizon_steps", vla.horizon_steps, bundle.spec.horizon),
+        ("max_tokens", vla.max_tokens, bundle.spec.tokens),
     ):
         if wanted != has:
-            raise ConfigError(f"$.trainer.vla.{key}: is {wanted}, the policy {policy} has {has}; they must agree")
-    return install(deployment, bundle, policy)
+            raise ConfigError(
+                f"$.trainer.vla.{key}: is {wanted}, the policy {name} has {has}; they must agree where it is trained, "
+                f"and {as_it_is}"
+            )
+    try:
+        load_weights(VLA(vla, bundle.spec), bundle)
+    except BundleError as error:
+        raise ConfigError(
+            f"$.trainer.vla: the policy {name} cannot be trained further ({error}); give trainer.vla the settings that "
+            f"it was made with, if it was; {as_it_is}"
+        ) from error

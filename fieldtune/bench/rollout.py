@@ -27,7 +27,7 @@ from bridge.messages import GetStatus, StatusReply, observation_tensors
 from fieldtune.bench import common
 from fieldtune.bench.common import Goal, Result, cpu_s, live_of, process, together, untrained_run
 from fieldtune.bench.spent import Spent, Timed
-from fieldtune.deployment import Deployment
+from fieldtune.deployment import Deployment, require_workers
 from runtime.inference import Pending, decide
 from runtime.policy import Policy
 from runtime.rundir import RunDir
@@ -107,6 +107,7 @@ def bench_rollout(deployment: Deployment, directory: Path, *, quick: bool = Fals
     where the processor time of both goes.
     """
     seconds = QUICK_SECONDS if quick else SECONDS
+    require_workers(deployment, "this measurement")
     workers = deployment.bridge.workers
     cores = sorted(os.sched_getaffinity(0))[:workers]
     with tempfile.TemporaryDirectory(prefix="fieldtune-bench-", dir=directory) as place:

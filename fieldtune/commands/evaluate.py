@@ -14,7 +14,7 @@ from bridge.backends import make_backend
 from bridge.config import ConfigError
 from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, progress_bar, run_dir, warn
-from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.deployment import Deployment, load_deployment, require_workers
 from fieldtune.install import find_version
 from runtime.config import ServeConfig
 from runtime.registry import Registry
@@ -102,6 +102,7 @@ def evaluate_version(
     A simulator is evaluated at an address of its own, so that a deployment may run beside it. A robot is evaluated at
     that of its deployment, where its operator's orders go.
     """
+    require_workers(deployment, "an evaluation")
     spec = make_backend(deployment.backend).spec
     tasks = deployment.trainer.trained(spec)
     goals = deployment.trainer.evaluate

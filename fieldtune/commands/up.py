@@ -22,8 +22,8 @@ from fieldtune.commands.common import Config, Json, Set, err, out, print_json, r
 from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
 from fieldtune.commands.report import make_report
 from fieldtune.commands.status import last_metrics, runtime_status, status_table
-from fieldtune.deployment import Deployment, find_bundle, load_deployment
-from fieldtune.install import install_to_train
+from fieldtune.deployment import Deployment, find_bundle, load_deployment, require_workers
+from fieldtune.install import install_to_train, require_trainable
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
 from runtime.durable import claim, require_unclaimed, write_atomic
@@ -51,6 +51,8 @@ class Up:
     """One JSON object is printed at the end, and nothing else on stdout."""
     evaluation: bool = True
     """Whether to evaluate before and after training."""
+    training: bool = True
+    """Whether there is a trainer. Without it the live version serves its mean action until somebody stops it."""
     page: PageChild | None = None
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ def up(
     overrides: Set = (),
     fresh: bool = False,
     evaluation: bool = True,
+    training: bool = True,
     as_json: Json = False,
 ) -> int:
     """Run a whole deployment: demonstrations, fine-tuning, then runtime, bridge workers and trainer together.
@@ -95,13 +98,17 @@ def up(
     Examples:
       fieldtune up quickstart
       fieldtune up my_arm.yaml --set trainer.stop.minutes=480
+      fieldtune up my_arm.yaml --no-training
 
     Args:
         fresh: put an earlier run of this name aside (to NAME.old-TIME) and start anew
         evaluation: evaluate before and after training
+        training: improve the policy; without it the live version works, with its mean action, until Ctrl-C
     """
     deployment = load_deployment(config, overrides)
-    this = Up(deployment, config, overrides, stop_on_signals(), as_json, evaluation)
+    this = Up(deployment, config, overrides, stop_on_signals(), as_json, evaluation and training, training)
+    if this.evaluation:
+        require_workers(deployment, "an evaluation (--no-evaluation leaves both out)")
     if fresh:
         put_aside(this)
     with begun(this), page_of(this):
@@ -146,6 +153,9 @@ def run_to_the_end(this: Up) -> int:
     if this.stop.is_set():
         return stopped(this)
     deploy(this)
+    if not this.training:
+        this.say("stopped")
+        return 0
     if this.stop.is_set():
         return stopped(this)
     last = Registry(this.run.registry).live()
@@ -178,7 +188,9 @@ def put_aside(this: Up) -> None:
 
 def stopped(this: Up, command: str = "up") -> int:
     """The last words after Ctrl-C."""
-    again = shlex.join(["fieldtune", command, this.config, *(x for o in this.overrides for x in ("--set", o))])
+    flags = ["--no-evaluation"] if command == "up" and this.training and not this.evaluation else []
+    flags += [] if this.training else ["--no-training"]
+    again = shlex.join(["fieldtune", command, this.config, *flags, *(x for o in this.overrides for x in ("--set", o))])
     this.say(f"stopped; `{escape(again)}` goes on from here")
     return 1
 
@@ -205,8 +217,10 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
 def prepare(this: Up) -> bool:
     """Demonstrations and the first version, unless one is live already; False if stopped."""
     registry, trainer = Registry(this.run.registry), this.deployment.trainer
-    if registry.live() is not None:
+    if (live := registry.live()) is not None:
         require_started_from(registry, trainer.policy)
+        if this.training and registry.first().made.get("command") == "import":
+            require_trainable(this.deployment, this.run.policies / live, live[:12])
         return True
     has_expert = isinstance(make_backend(this.deployment.backend), HasExpert)
     if not has_expert and trainer.policy is None and not EpisodeIndex(this.run.demos).count(status="success"):
@@ -253,23 +267,25 @@ def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None
 def deploy(this: Up) -> None:
     """Runtime, workers and trainer side by side until the trainer is done or the user stops it."""
     config, overrides, bridge = this.config, this.overrides, this.deployment.bridge
-    runtime = this.child("runtime", fieldtune_command("serve", config, overrides))
-    trainer = this.child("trainer", fieldtune_command("train", config, overrides))
-    trainer.ends = True
+    serve = fieldtune_command("serve", config, overrides)
+    runtime = this.child("runtime", serve if this.training else [*serve, "--mean"])
+    trainers = [this.child("trainer", fieldtune_command("train", config, overrides))] if this.training else []
+    for trainer in trainers:
+        trainer.ends = True
     workers = [
         this.child(name, drive_command(config, overrides, name), bridge.niceness)
         for name in (f"bridge-{i}" for i in range(bridge.workers))
     ]
-    children = [runtime, trainer, *workers]
+    children = [runtime, *trainers, *workers]
     try:
         runtime.start()
         wait_for_runtime(this, runtime)
-        for child in [trainer, *workers]:
+        for child in [*trainers, *workers]:
             child.start()
         watch(this, children)
     finally:
         # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
-        for group in (workers, [trainer], [runtime]):
+        for group in (workers, trainers, [runtime]):
             stop_together(group)
 
 
@@ -310,7 +326,7 @@ def watch(this: Up, children: list[Child]) -> None:
             except SilentError:
                 this.stop.wait(0.2)
                 continue
-            metrics = last_metrics(this.run.metrics)
+            metrics = last_metrics(this.run.metrics) if this.training else {}
             done = f"  {metrics['minutes']:.1f} of {minutes:g} minutes" if metrics and minutes else ""
             table = status_table(now, metrics, title=title + done)
             restarts = sum(child.restarts for child in children)

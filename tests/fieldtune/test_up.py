@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -208,3 +210,47 @@ def test_staged_versions_go_live_by_their_canaries(up: Deployment) -> None:
     assert {row.parent for row in made} <= {row.version for row in registry.served()}
     acted = {version for row in EpisodeIndex(up.run.episodes).after(0, 10**6) for version in row.versions}
     assert acted <= set(registry.acted())
+
+
+def test_a_policy_made_elsewhere_works_until_it_is_stopped_but_is_not_trained(
+    up: Deployment, tmp_path: Path, tiny_bundle: Callable[..., str]
+) -> None:
+    bundle = tmp_path / tiny_bundle(tmp_path, 0.1)
+    add = [sys.executable, "-m", "fieldtune", "policies", "add", "point", str(bundle), "--set", f"runs={tmp_path}"]
+    subprocess.run(add, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    up.start()
+    assert up.wait() == 2 and "fieldtune up --no-training" in up.log()
+    index = EpisodeIndex(up.run.episodes)
+    assert index.count() == 0, "nothing has moved before that was found out"
+    up.command.append("--no-training")
+    up.start()
+    until(lambda: index.count() >= 3, "third episode", up)
+    assert set(up.children()) == {"serve", "drive"}
+    assert up.interrupt() == 0
+    assert {(row.explore, row.versions) for row in index.after(0) if row.versions} == {(False, (bundle.name,))}
+    assert not up.run.metrics.exists() and not (up.run.path / "report.json").exists()
+
+
+def test_a_robot_on_another_computer_is_driven_from_there(up: Deployment, tmp_path: Path) -> None:
+    fieldtune = [sys.executable, "-m", "fieldtune"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    subprocess.run([*fieldtune, "keys", str(tmp_path / "keys"), "arm1", "here"], check=True, timeout=60)
+    served = [f"runtime.serve.endpoint={address}", f"runtime.serve.keys={tmp_path}/keys/server"]
+    here = [*served, f"bridge.endpoint={address}", f"bridge.keys={tmp_path}/keys/here", "bridge.workers=0"]
+    up.start(*here, "trainer.stop.iterations=2")
+    assert up.wait() == 2 and "$.bridge.workers: is 0" in up.log() and "--no-evaluation" in up.log()
+    up.command.append("--no-evaluation")
+    up.start(*here, "trainer.stop.iterations=2")
+    there = tmp_path / "there"
+    shutil.copytree(tmp_path / "keys" / "arm1", there / "arm1")
+    settings = ["--set", f"bridge.endpoint={address}", "--set", "bridge.keys=arm1"]
+    until(lambda: "serve" in up.children(), "runtime", up)
+    with subprocess.Popen([*fieldtune, "drive", "point", *settings], cwd=there, stdin=subprocess.DEVNULL) as drive:
+        try:
+            assert up.wait() == 0, up.log()
+        finally:
+            drive.kill()
+    check_run(up, 2)
+    assert {row.client for row in EpisodeIndex(up.run.episodes).after(0)} == {f"{socket.gethostname()}-{drive.pid}"}
