@@ -22,6 +22,7 @@ from bridge.watch import Watcher
 from fieldtune.cli import run
 from fieldtune.keyboard import keys
 from runtime.episodes import EpisodeLog
+from runtime.index import EpisodeIndex, EpisodeRow
 
 ENOUGH_S = 60.0
 
@@ -89,6 +90,28 @@ def test_stop_says_who_is_stopped_and_operator_resets(
     assert run(["operator", config, "pause", "--robot", "arm2"]) == 0
     until(lambda: guards[1].paused, "the pause")
     assert not guards[0].paused
+
+
+def test_what_stands_in_brackets_is_said_as_it_is(
+    serve: Any, deployment: Any, watched: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "no answer on [/dev/ttyACM0], sent [nan 0.5]"
+    serving = serve()
+    config = deployment(serving.endpoint)
+    watched(serving.endpoint, "arm [left]")
+    until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+    assert run(["stop", config, "--why", why]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == f"arm [left]: stopped: {why}"
+    assert run(["status", config]) == 0
+    assert "[/dev/ttyACM0]" in capsys.readouterr().out
+    # fmt: off
+    row = EpisodeRow(seq=0, episode="a", file="a", task="[/reach]", seed=1, source="policy", explore=True, steps=0,
+        status="aborted", decisions=0, versions=(), client="arm", started_unix_s=1.0, ended_unix_s=2.0, reason=why,
+        bytes=0)
+    # fmt: on
+    EpisodeIndex(tmp_path / "other" / "episodes").add([row])
+    assert run(["episodes", "list", config, "--set", "name=other"]) == 0
+    assert "[/reach]" in capsys.readouterr().out
 
 
 def test_a_robot_that_does_not_say_that_it_is_stopped_is_named(
