@@ -152,9 +152,16 @@ def test_a_runtime_that_is_not_there_fails_with_1(
     assert captured.out == "" and captured.err.startswith("fieldtune: ")
 
 
-@pytest.mark.parametrize(("command", "extra"), [("bundle verify x", "runtime"), ("sft point", "trainer")])
-def test_a_missing_extra_is_named(command: str, extra: str, tmp_path: Path) -> None:
-    package = {"runtime": "onnxruntime", "trainer": "torch"}[extra]
+@pytest.mark.parametrize(
+    ("command", "extra", "package"),
+    [
+        ("bundle verify x", "runtime", "onnxruntime"),
+        ("sft point", "trainer", "torch"),
+        ("page point", "dashboard", "uvicorn"),
+        ("page point", "dashboard", "fastapi"),
+    ],
+)
+def test_a_missing_extra_is_named(command: str, extra: str, package: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None; from fieldtune.cli import run; sys.exit(run({command.split()}))"
     )
