@@ -16,8 +16,10 @@ import pytest
 import yaml
 
 from bridge.backend import Backend
+from bridge.client import PolicyClient
 from bridge.config import BridgeConfig
 from bridge.guard import Guard
+from bridge.messages import Orders, Watch
 from bridge.watch import Watcher
 from fieldtune.cli import run
 from fieldtune.keyboard import keys
@@ -123,6 +125,17 @@ def test_a_robot_that_does_not_say_that_it_is_stopped_is_named(
     monkeypatch.setattr(guard, "obey", lambda orders: None)
     monkeypatch.setattr("fieldtune.commands.operator.CONFIRM_S", 0.1)
     assert run(["stop", deployment(serving.endpoint)]) == 1
+    assert "not stopped: arm" in capsys.readouterr().err
+
+
+def test_a_robot_that_is_given_up_as_silent_meanwhile_is_named(
+    serve: Any, deployment: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve(session_timeout_s=1.0)
+    with PolicyClient(serving.endpoint, client="arm", timeout_s=ENOUGH_S) as robot:
+        robot.request(Watch(bridge="a", client="arm", session="", state="driving"), Orders)
+        assert run(["stop", deployment(serving.endpoint)]) == 1
+    assert serving.status()["robots"] == {}
     assert "not stopped: arm" in capsys.readouterr().err
 
 
