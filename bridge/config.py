@@ -101,7 +101,22 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string."""
+    """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string. A key that is given twice is an
+    error, as YAML has it: PyYAML alone takes the last one and drops the others without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    "while reading a mapping", node.start_mark, f"found the key `{key.value}` twice", key.start_mark
+                )
+            seen.add(key.value)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):

@@ -99,6 +99,18 @@ def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
     assert "is not valid YAML" in error(tmp_path, text)
 
 
+@pytest.mark.parametrize("text", ["bridge: {workers: 2}\nbridge: {niceness: 1}", "bridge: {workers: 2, workers: 3}"])
+def test_a_key_that_is_given_twice_is_an_error(tmp_path: Path, text: str) -> None:
+    key = "bridge" if "\n" in text else "workers"
+    message = error(tmp_path, BASE + text)
+    assert f"found the key `{key}` twice" in message and "line " in message
+
+
+def test_a_merged_mapping_may_be_added_to(tmp_path: Path) -> None:
+    text = "inner: &a {lr: 1, steps: 3}\nmaybe: {<<: *a, lr: 2}"
+    assert load(tmp_path, BASE + text).maybe == Inner(2.0, 3)
+
+
 @pytest.mark.parametrize(
     "text",
     [
