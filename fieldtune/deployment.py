@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from bridge.config import BackendConfig, BridgeConfig, ConfigError, load_yaml, parse
@@ -79,7 +81,22 @@ def shipped_bundles() -> dict[str, Path]:
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
     """Read, override and check a deployment; raises `ConfigError`."""
     path = find_config(name_or_path)
-    return parse(load_yaml(path), Deployment, str(path), overrides)
+    deployment = parse(load_yaml(path), Deployment, str(path), overrides)
+    # The run keeps its configuration as JSON, which has no such numbers.
+    for where, number in _not_finite(msgspec.to_builtins(deployment), "$"):
+        raise ConfigError(f"{path}: {where}: expected a finite number (found {number})")
+    return deployment
+
+
+def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _not_finite(inner, f"{where}[{i}]")
 
 
 def shipped_configs() -> Path:
