@@ -133,7 +133,10 @@ for _kind in (_Loader, _Dumper):
 
 
 def _read(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except ValueError as error:  # `2024-13-45` looks like a date and is none
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
 def dump_yaml(value: Any) -> str:
@@ -192,6 +195,8 @@ def _explain(message: str, data: Any, kind: type[Any]) -> str:
     """msgspec's message with the path first, the offending value, and the nearest known key for a misspelt one."""
     text, _, path = message.partition(" - at `")
     path = path.rstrip("`") or "$"
+    if path.startswith("key` in `"):
+        text, path = f"{text} as a key; a key such as 1, on or no needs quotes", path.removeprefix("key` in `")
     unknown = re.search(r"unknown field `(.+?)`", text)
     if unknown:
         key = unknown.group(1)

@@ -24,7 +24,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Name of the run; its files lie in `runs/NAME`."""
     backend: BackendConfig
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     """Seed of everything that is random in this run."""
     bridge: BridgeConfig = BridgeConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -51,6 +51,7 @@ def test_a_minimal_deployment_has_defaults(tmp_path: Path) -> None:
         ("bridge.safety.low={vx: .nan}", ["$.bridge.safety.low.vx", "expected a finite number (found nan)"]),
         ("backend.options={a: [1, -.inf]}", ["$.backend.options.a[1]", "(found -inf)"]),
         ("runtme.serve.max_batch=1", ["$.runtme", "did you mean `runtime`?"]),
+        ("seed=-1", ["$.seed", "-1", ">= 0"]),
         ("name=../elsewhere", ["$.name", "'../elsewhere'"]),
         ("name=a/b", ["$.name", "'a/b'"]),
         ("name=", ["$.name", "Expected `str`"]),
