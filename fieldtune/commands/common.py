@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +80,14 @@ def warn(message: str) -> None:
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+
+
+def account() -> str:
+    """Name of the account that this process runs as, for what is kept with a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number that has no name there
+        return f"uid {os.getuid()}"
 
 
 def run_dir(deployment: Deployment) -> RunDir:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +13,7 @@ from nicegui import events, ui
 from starlette.requests import Request
 
 from bridge.errors import FieldtuneError
+from fieldtune.commands.common import account
 from fieldtune.page import actions
 from fieldtune.page.access import who
 from fieldtune.page.view import RunView
@@ -42,7 +42,7 @@ STYLE = """
 
 def name_of(request: Request) -> str:
     """Whose name goes with what is done here: the one given at login, else whoever runs the page."""
-    return who(request.scope) or getpass.getuser()
+    return who(request.scope) or account()
 
 
 @contextmanager

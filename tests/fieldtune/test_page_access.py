@@ -40,6 +40,7 @@ from bridge.config import ConfigError
 from fieldtune.cli import run
 from fieldtune.page.access import Access, who
 from fieldtune.page.config import PageConfig, check_page_config
+from fieldtune.page.frame import name_of
 from fieldtune.page.login import SESSION_S, WRONG_PER_MINUTE, _same_site
 from fieldtune.page.password import PasswordFile, write_password
 
@@ -187,6 +188,14 @@ def page(locked: Page) -> Page:
 
 
 # --- names of this computer and other sites -----------------------------------------------------------------------
+
+
+def test_an_account_without_a_name_is_known_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert name_of(Request({"type": "http"})) == f"uid {os.getuid()}"
 
 
 def test_without_a_password_the_page_is_there_and_nobody_has_a_name(open_page: Page) -> None:
