@@ -118,8 +118,11 @@ async def act(what: Callable[[], str]) -> None:
     client = ui.context.client  # the card that asked may be gone by the answer, its page is not
     try:
         told, failed = await asyncio.get_running_loop().run_in_executor(ACTIONS, what), False
-    except (FieldtuneError, OSError) as error:
-        told, failed = f"not done, or not confirmed: {error}", True
+    except Exception as error:
+        # Whatever it was: nobody may take silence for a stop.
+        told, failed = f"not done, or not confirmed: {error or type(error).__name__}", True
+        if not isinstance(error, FieldtuneError | OSError):
+            logging.exception("an action on the page failed")
     with client:
         # What failed stays until somebody has read it.
         timeout, kind = (0, "negative") if failed else (5000, "positive")
