@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,19 @@ def test_whatever_keeps_a_stop_from_being_given_is_said(view: RunView, monkeypat
         await told(user, "not done, or not confirmed: too many open files")
 
     browse(view, "/", look)
+
+
+def test_a_stop_waits_for_no_other_action(view: RunView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "stop", lambda *_: "stopped: arm")
+    hang = threading.Event()
+    labels = [frame.ACTIONS.submit(hang.wait, ENOUGH_S) for _ in range(20)]
+
+    async def look(user: User) -> None:
+        user.find("Stop all").click()
+        await told(user, "stopped: arm")
+        assert not hang.is_set() and not any(label.done() for label in labels)
+
+    try:
+        browse(view, "/", look)
+    finally:
+        hang.set()
