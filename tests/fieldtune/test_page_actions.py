@@ -73,3 +73,19 @@ def test_a_stop_waits_for_no_other_action(view: RunView, monkeypatch: pytest.Mon
         browse(view, "/", look)
     finally:
         hang.set()
+
+
+@pytest.mark.parametrize("button", ["Promote", "Roll back"])
+def test_nobody_is_asked_about_a_version_that_is_not_settled(
+    button: str, view: RunView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    governed: list[object] = []
+    monkeypatch.setattr(actions, "govern", lambda *asked: governed.append(asked) or "")
+
+    async def look(user: User) -> None:
+        user.find(button).click()
+        await told(user, "select a version")
+        await user.should_not_see("Yes")
+
+    browse(view, "/versions", look)
+    assert governed == []
