@@ -478,6 +478,30 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(home / "cert.pem"), str(home / "key.pem")
 
 
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
+    certificate: tuple[str, str], tmp_path: Path
+) -> None:
+    locked = str(tmp_path / "locked.pem")
+    made = f"pkey -in {certificate[1]} -aes256 -passout pass:secret -out {locked}"
+    subprocess.run(["openssl", *made.split()], check=True, capture_output=True)
+    code = (
+        "from fieldtune.page.config import PageConfig, check_page_config;"
+        f"check_page_config(PageConfig(certificate={certificate[0]!r}, key={locked!r}))"
+    )
+    # A session of its own has no terminal: OpenSSL asks on stdin then, as in a page that `fieldtune up` starts.
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    assert "pass phrase" not in done.stdout + done.stderr
+    assert "ConfigError: $.page.key: is locked with a passphrase" in done.stderr
+
+
 def test_over_tls_the_cookies_stay_there(certificate: tuple[str, str], tmp_path: Path) -> None:
     config = PageConfig(password=password_file(tmp_path / "p"), certificate=certificate[0], key=certificate[1])
     check_page_config(config)
