@@ -85,6 +85,9 @@ def main() -> NoReturn:
             code = run(sys.argv[1:])
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        # Commands that have something to put in order see to that themselves (`stop_on_signals`).
+        code = _fail("interrupted", 1)
     except BrokenPipeError:
         # Whoever read our output has left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -659,22 +659,40 @@ def test_a_directory_that_is_not_there_is_named(
     assert "cannot be written: No such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("second", "code"), [("long enough é", 0), ("long enough e", 2)])
-def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp_path: Path) -> None:
-    path = tmp_path / "password"
+def in_terminal(path: Path, *answers: bytes) -> tuple[int, bytes]:
+    """Ask for a password in a terminal, answer its prompts; exit code, and what was shown."""
     terminal, theirs = pty.openpty()
-    command = [sys.executable, "-m", "fieldtune", "page", "password", str(path)]
-    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    # Its own terminal, whose keys are signals for it.
+    command = ["setsid", "--ctty", sys.executable, "-m", "fieldtune", "page", "password", str(path)]
+    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    for prompt, answer in ((b"Password of the page: ", "long enough é"), (b"Once more: ", second)):
+    for prompt, answer in zip((b"Password of the page: ", b"Once more: "), answers, strict=False):
         while prompt not in shown:
             shown += os.read(terminal, 1024)
-        os.write(terminal, f"{answer}\n".encode())
+        os.write(terminal, answer)
     with contextlib.suppress(OSError):
         while more := os.read(terminal, 1024):
             shown += more
     os.close(terminal)
-    assert child.wait(60) == code
+    return child.wait(60), shown
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "said"), [(b"\x03", 1, b"interrupted"), (b"\x04", 2, b"no password was typed; nothing was written")]
+)
+def test_whoever_leaves_the_terminal_gets_a_line_and_no_traceback(
+    key: bytes, code: int, said: bytes, tmp_path: Path
+) -> None:
+    ended, shown = in_terminal(tmp_path / "password", key)
+    assert ended == code and b"fieldtune: " + said in shown and b"Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("second", "code"), [("long enough é", 0), ("long enough e", 2)])
+def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    ended, shown = in_terminal(path, "long enough é\n".encode(), f"{second}\n".encode())
+    assert ended == code
     assert b"long enough" not in shown
     assert path.exists() == (code == 0) and (code or PasswordFile.read(path).matches("long enough é"))
