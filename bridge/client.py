@@ -14,6 +14,7 @@ import zmq
 from numpy.typing import NDArray
 
 from bridge.backend import BackendSpec
+from bridge.config import ConfigError
 from bridge.endpoint import require_private
 from bridge.errors import FieldtuneError
 from bridge.keys import secure_client
@@ -200,7 +201,9 @@ class PolicyClient:
 
 
 def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys: Path | None) -> zmq.Socket[bytes]:
-    """A DEALER socket to a runtime. Raises `ConfigError` for keys or a socket's directory that are not as they must."""
+    """A DEALER socket to a runtime. Raises `ConfigError` for an address that is none, and for keys or a socket's
+    directory that are not as they must.
+    """
     if endpoint.startswith("ipc://"):
         # Somebody else's socket at a guessable address must not be taken for the runtime.
         require_private(endpoint)
@@ -210,7 +213,11 @@ def connect_dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, keys:
     socket.maxmsgsize = MAX_FRAME_BYTES
     if keys is not None:
         secure_client(socket, keys)
-    socket.connect(endpoint)
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigError(f"endpoint {endpoint}: cannot be used: {error.strerror}") from error
     return socket
 
 

@@ -102,7 +102,22 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string."""
+    """The safe loader, with YAML 1.2 numbers: PyYAML alone reads `1e-4` as a string. A key that is given twice is an
+    error, as YAML has it: PyYAML alone takes the last one and drops the others without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    "while reading a mapping", node.start_mark, f"found the key `{key.value}` twice", key.start_mark
+                )
+            seen.add(key.value)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -119,7 +134,10 @@ for _kind in (_Loader, _Dumper):
 
 
 def _read(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except ValueError as error:  # `2024-13-45` looks like a date and is none
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
 def dump_yaml(value: Any) -> str:
@@ -178,6 +196,8 @@ def _explain(message: str, data: Any, kind: type[Any]) -> str:
     """msgspec's message with the path first, the offending value, and the nearest known key for a misspelt one."""
     text, _, path = message.partition(" - at `")
     path = path.rstrip("`") or "$"
+    if path.startswith("key` in `"):
+        text, path = f"{text} as a key; a key such as 1, on or no needs quotes", path.removeprefix("key` in `")
     unknown = re.search(r"unknown field `(.+?)`", text)
     if unknown:
         key = unknown.group(1)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -71,6 +72,8 @@ COMMANDS = {
     "bench": ("fieldtune.commands.bench:bench", "measure serving, rollout, swap and logging"),
 }
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def main() -> NoReturn:
     """Entry point of the `fieldtune` command."""
@@ -82,6 +85,9 @@ def main() -> NoReturn:
             code = run(sys.argv[1:])
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        # Commands that have something to put in order see to that themselves (`stop_on_signals`).
+        code = _fail("interrupted", 1)
     except BrokenPipeError:
         # Whoever read our output has left (`| head`); there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,6 +115,12 @@ def run(arguments: list[str]) -> int:
         return _fail(message, 1)
     except FieldtuneError as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        # A file that cannot be read or written and a full disk are no bugs. Of anything else the traceback is wanted.
+        if isinstance(error, BrokenPipeError) or (error.filename is None and error.errno not in FULL):
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{where}{error.strerror}", 1)
 
 
 def _find(arguments: list[str]) -> tuple[str | None, list[str]]:

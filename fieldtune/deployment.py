@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta, Struct
 
 from bridge.config import BackendConfig, BridgeConfig, ConfigError, load_yaml, parse
@@ -22,7 +24,7 @@ class Deployment(Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Name of the run; its files lie in `runs/NAME`."""
     backend: BackendConfig
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     """Seed of everything that is random in this run."""
     bridge: BridgeConfig = BridgeConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -79,7 +81,22 @@ def shipped_bundles() -> dict[str, Path]:
 def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deployment:
     """Read, override and check a deployment; raises `ConfigError`."""
     path = find_config(name_or_path)
-    return parse(load_yaml(path), Deployment, str(path), overrides)
+    deployment = parse(load_yaml(path), Deployment, str(path), overrides)
+    # The run keeps its configuration as JSON, which has no such numbers.
+    for where, number in _not_finite(msgspec.to_builtins(deployment), "$"):
+        raise ConfigError(f"{path}: {where}: expected a finite number (found {number})")
+    return deployment
+
+
+def _not_finite(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _not_finite(inner, f"{where}[{i}]")
 
 
 def require_workers(deployment: Deployment, what: str) -> None:

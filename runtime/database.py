@@ -35,11 +35,12 @@ class Database:
         self._schema, self._error, self._version = schema, error, version
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._file = (0, 0)
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """All rows of a query, as tuples."""
         with self._lock, self._translated():
-            if self._connection is None and not self.path.exists():
+            if not self.path.exists():
                 return []
             return self._open().execute(query, parameters).fetchall()
 
@@ -79,7 +80,11 @@ class Database:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
-            return self._connection
+            if self._file == self._identity():
+                return self._connection
+            # The run was put aside and another is in its place: what is written now must not go to the one before.
+            self._connection.close()
+            self._connection = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Threads share the connection under our own lock; transactions are begun by hand.
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
@@ -88,8 +93,16 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self._file = connection, self._identity()
         return connection
+
+    def _identity(self) -> tuple[int, int]:
+        """Which file is there now; (0, 0) for none."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_dev, status.st_ino
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         deadline_s = time.monotonic() + BUSY_S

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bridge.backends import BACKENDS, make_backend
 from bridge.config import parse
@@ -48,7 +48,7 @@ def check(
 
     def progress(row: Check) -> None:
         if not as_json and err.is_terminal:
-            err.print(f"[dim]{escape(row.name)}: {row.state}[/dim]")
+            err.print(f"{row.name}: {row.state}", style="dim")
 
     checks = check_backend(lambda: make_backend(config), moves=moves, report=progress)
     good = all(row.state != "failed" for row in checks)
@@ -57,12 +57,11 @@ def check(
         return 0 if good else 1
     table = Table("", "", "found, and what to do", box=None, pad_edge=False)
     for row in checks:
-        colour = COLOURS[row.state]
-        mend = f"\n[bold]{escape(row.mend)}[/bold]" if row.mend else ""
-        table.add_row(f"[{colour}]{row.state}[/{colour}]", escape(row.name), escape(row.found) + mend)
+        mend = f"\n{row.mend}" if row.mend else ""
+        table.add_row(Text(row.state, COLOURS[row.state]), row.name, Text.assemble(row.found, (mend, "bold")))
     out.print(table)
     count = Counter(row.state for row in checks)
-    out.print(f"{escape(config.name)}: " + ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state]))
+    out.print(f"{config.name}: " + ", ".join(f"{count[state]} {state}" for state in COLOURS if count[state]))
     return 0 if good else 1
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from fieldtune.bench.common import Result, machine
 from fieldtune.commands.common import Json, Set, err, out, print_json
@@ -100,17 +101,18 @@ def measure(name: str, config: str, overrides: tuple[str, ...], directory: Path,
 
 def show(result: Result) -> None:
     """The table of one benchmark, then its goals and notes."""
-    out.print(f"\n[bold]{result.bench}[/bold]: {result.title}")
+    out.print(Text.assemble("\n", (result.bench, "bold"), f": {result.title}"))
     table = Table(*result.columns, box=None, pad_edge=False)
     for row in result.rows:
         table.add_row(*(text(cell) for cell in row))
     out.print(table)
     for goal in result.goals:
-        state = "[green]met   [/green]" if goal.met else "[red]missed[/red]"
+        state = ("met   ", "green") if goal.met else ("missed", "red")
         sign = ">=" if goal.at_least else "<="
-        out.print(f"{state}  {goal.name}: {text(goal.measured)} {goal.unit} (goal {sign} {text(goal.limit)})")
+        said = f"  {goal.name}: {text(goal.measured)} {goal.unit} (goal {sign} {text(goal.limit)})"
+        out.print(Text.assemble(state, said))
     for note in result.notes:
-        out.print(f"[dim]{note}[/dim]")
+        out.print(note, style="dim")
 
 
 def text(cell: str | float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +14,9 @@ from typing import Annotated, Any, TextIO, cast
 import msgspec
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from bridge.client import PolicyClient
 from bridge.endpoint import resolve_endpoint
@@ -64,18 +66,28 @@ class _Stderr:
         return getattr(sys.stderr, name)
 
 
-out = Console(highlight=False)
-err = Console(file=cast(TextIO, _Stderr()), highlight=False)
+# No markup: names, reasons and paths come from elsewhere, and what stands in brackets there is no style. Whoever wants
+# one gives a `Text`.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(file=cast(TextIO, _Stderr()), highlight=False, markup=False, emoji=False)
 
 
 def warn(message: str) -> None:
     """A line on stderr with the time of day, for logs."""
-    err.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {escape(message)}")
+    err.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), " ", message))
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+
+
+def account() -> str:
+    """Name of the account that this process runs as, for what is kept with a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number that has no name there
+        return f"uid {os.getuid()}"
 
 
 def run_dir(deployment: Deployment) -> RunDir:

@@ -20,8 +20,8 @@ from typing import Annotated, Literal
 import tyro
 import zmq
 from msgspec import Struct
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bridge.backend import HasExpert
 from bridge.backends import make_backend
@@ -90,15 +90,12 @@ def doctor(
         return 0 if good else 1
     table = Table("", "", "found", "what to do", box=None, pad_edge=False)
     for check in checks:
-        colour = COLOURS[check.state]
-        table.add_row(
-            f"[{colour}]{check.state}[/{colour}]", escape(check.name), escape(check.found), escape(check.mend)
-        )
+        table.add_row(Text(check.state, COLOURS[check.state]), check.name, check.found, check.mend)
     out.print(table)
     if good:
         out.print("this computer is ready" + ("; `fieldtune backend check` tries the device itself" if config else ""))
     else:
-        out.print("[red]mend the rows marked bad[/red]")
+        out.print("mend the rows marked bad", style="red")
     return 0 if good else 1
 
 

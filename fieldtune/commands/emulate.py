@@ -54,7 +54,7 @@ def so101(*, calibration: Path | None = None, fault: Faults = ()) -> int:
                 try:
                     port.set_fault(line)
                 except ConfigError as error:
-                    err.print(str(error), markup=False)
+                    err.print(str(error))
             # Nobody types: run until a signal comes.
             threading.Event().wait()
     finally:

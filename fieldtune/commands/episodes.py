@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.table import Column
 from bridge.config import ConfigError
 from bridge.errors import FieldtuneError
 from bridge.messages import RULES
-from fieldtune.commands.common import Config, Json, Set, list_table, out, print_json, run_dir
+from fieldtune.commands.common import Config, Json, Set, account, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
 from runtime.episode import Decision, End, Label
 from runtime.episode_file import SUFFIX
@@ -155,7 +154,7 @@ def label_episode(
         who: whose word it is, if not yours
     """
     index = EpisodeIndex(log_directory(run_dir(load_deployment(config, overrides)), log))
-    row = index.label(find_episode(index, episode).episode, label, who or getpass.getuser())
+    row = index.label(find_episode(index, episode).episode, label, who or account())
     if as_json:
         print_json({"episode": row})
     else:

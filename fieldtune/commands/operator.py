@@ -42,7 +42,7 @@ def stop(config: Config, /, *, overrides: Set = (), why: str = "by the operator"
     else:
         for name, state in robots.items():
             out.print(f"{name}: {state}")
-        if not robots:
+        if not robots and not late:
             out.print("no robot is connected; none will be given an episode")
     if late:
         sys.stderr.write(f"fieldtune: not stopped: {', '.join(late)}\n")
@@ -91,12 +91,15 @@ def operator(
 
 def stop_robots(client: PolicyClient, why: str) -> tuple[dict[str, str], list[str]]:
     """Stop all robots: what each says of itself, and those that do not say within `CONFIRM_S` that they are stopped."""
-    client.request(Operate(command="stop", why=why), Operated)
+    told, _ = client.request(Operate(command="stop", why=why), Operated)
     deadline_s = time.monotonic() + CONFIRM_S
     while True:
         reply, _ = client.request(GetStatus(), StatusReply)
         robots: dict[str, str] = reply.status["robots"]
-        late = [name for name, state in robots.items() if not state.startswith("stopped")]
+        # One that was told and is not in the list any more has not said it: its runtime has given it up as silent, or
+        # has been started anew meanwhile.
+        names = dict.fromkeys((*told.robots, *robots))
+        late = [name for name in names if not robots.get(name, "").startswith("stopped")]
         if not late or time.monotonic() > deadline_s:
             return robots, late
         time.sleep(LOOK_S)

@@ -33,8 +33,12 @@ def page_password(
         replace: write over a file that is there; a page that is being served takes it at its next start
     """
     if sys.stdin.isatty():
-        password = getpass.getpass("Password of the page: ")
-        if getpass.getpass("Once more: ") != password:
+        try:
+            password = getpass.getpass("Password of the page: ")
+            again = getpass.getpass("Once more: ")
+        except EOFError as error:
+            raise ConfigError("no password was typed; nothing was written") from error
+        if again != password:
             raise ConfigError("the two are not the same; nothing was written")
     else:
         password = sys.stdin.readline().rstrip("\r\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from fieldtune.commands.common import (
     Config,
     Json,
     Set,
+    account,
     connect,
     list_table,
     out,
@@ -177,7 +177,7 @@ def unpin(config: Config, /, *, overrides: Set = (), as_json: Json = False) -> i
 def _govern(config: str, overrides: tuple[str, ...], command: Governing, version: str, as_json: bool) -> int:
     deployment = load_deployment(config, overrides)
     with connect(deployment, "policies", timeout_s=10.0) as client:
-        reply, _ = client.request(Govern(command=command, version=version, who=getpass.getuser()), Serving)
+        reply, _ = client.request(Govern(command=command, version=version, who=account()), Serving)
     if as_json:
         print_json({"version": reply.version, "previous": reply.previous})
     else:
@@ -232,7 +232,7 @@ def rollback(config: Config, version: MaybeVersion = None, /, *, overrides: Set 
     wanted = Registry(run.registry).get(version).version if version else ""
     if runtime_answers(deployment):
         with connect(deployment, "rollback", timeout_s=JUDGED_S) as client:
-            reply, _ = client.request(Govern(command="rollback", version=wanted, who=getpass.getuser()), Serving)
+            reply, _ = client.request(Govern(command="rollback", version=wanted, who=account()), Serving)
         now, before, where = reply.version, reply.previous, "the running runtime"
     else:
         with no_runtime(deployment):

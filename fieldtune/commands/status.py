@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-from rich.markup import escape
 from rich.table import Table
 
 from bridge.client import SilentError
@@ -115,17 +114,17 @@ def status_table(now: Status, trainer: dict[str, Any], *, title: str = "") -> Ta
         table.add_row("latency", f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, max {ms['max']:.1f} ms")
     lost = now.log.get("lost", 0)
     if lost or now.log.get("error"):
-        table.add_row("[red]log[/red]", f"[red]{lost} episodes lost: {now.log.get('error')}[/red]")
+        table.add_row("log", f"{lost} episodes lost: {now.log.get('error')}", style="red")
     if now.stopped:
-        table.add_row("[red]stopped[/red]", f"[red]{escape(now.stopped)}[/red]")
+        table.add_row("stopped", now.stopped, style="red")
     elif odd := [f"{name} {state}" for name, state in now.robots.items() if state not in ("driving", "idle")]:
-        table.add_row("robots", escape(", ".join(odd)))
+        table.add_row("robots", ", ".join(odd))
     if now.interventions:
         table.add_row("safety stage", ", ".join(f"{rule} {count}" for rule, count in now.interventions.items()))
     if now.refused:
         table.add_row("refused", ", ".join(f"{code} {count}" for code, count in now.refused.items()))
     for name, text in staging_rows(now.staging):
-        table.add_row(name, escape(text))
+        table.add_row(name, text)
     return table
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import msgspec
 from rich.live import Live as LiveTable
-from rich.markup import escape
 
 from bridge.backend import HasExpert
 from bridge.backends import make_backend
@@ -136,7 +135,7 @@ def page_of(this: Up) -> Iterator[None]:
     command = fieldtune_command("page", this.config, this.overrides)
     page = this.page = PageChild(command, this.run.page_url, this.run.logs / "page.log")
     try:
-        this.say(escape(page.start(this.stop.is_set)))
+        this.say(page.start(this.stop.is_set))
         yield
     finally:
         page.stop()
@@ -191,7 +190,7 @@ def stopped(this: Up, command: str = "up") -> int:
     flags = ["--no-evaluation"] if command == "up" and this.training and not this.evaluation else []
     flags += [] if this.training else ["--no-training"]
     again = shlex.join(["fieldtune", command, this.config, *flags, *(x for o in this.overrides for x in ("--set", o))])
-    this.say(f"stopped; `{escape(again)}` goes on from here")
+    this.say(f"stopped; `{again}` goes on from here")
     return 1
 
 

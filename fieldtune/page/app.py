@@ -87,8 +87,11 @@ def serve(view: RunView, config: PageConfig, stopped: Callable[[], bool], say: C
             ws_max_size=1024 * 1024,
         )
     )
-    view.run.path.mkdir(parents=True, exist_ok=True)
-    write_atomic(view.run.page_url, url.encode())
+    try:
+        view.run.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(view.run.page_url, url.encode())
+    except OSError as error:  # a full disk is no reason to be without a stop button
+        say(f"{view.run.page_url} cannot be written: {error.strerror}")
     say(f"page: {url}")
     try:
         _run(server, listener, stopped)

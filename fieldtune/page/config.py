@@ -47,6 +47,14 @@ def check_page_config(config: PageConfig) -> None:
             if not Path(path).is_file():
                 raise ConfigError(f"$.page.{name}: {path} is not there")
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.certificate, config.key)
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.certificate, config.key, _no_passphrase)
         except OSError as error:
             raise ConfigError(f"$.page.certificate: cannot be used with the key ({error})") from error
+
+
+def _no_passphrase() -> str:
+    # OpenSSL would ask for it, of whoever has the terminal or not, now and again when the page is started.
+    raise ConfigError(
+        "$.page.key: is locked with a passphrase, and nobody is there to type it; expected a key without one "
+        "(openssl pkey -in KEY -out NEW)"
+    )

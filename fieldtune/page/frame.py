@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from nicegui import events, ui
 from starlette.requests import Request
 
 from bridge.errors import FieldtuneError
+from fieldtune.commands.common import account
 from fieldtune.page import actions
 from fieldtune.page.access import who
 from fieldtune.page.view import RunView
@@ -24,8 +25,9 @@ FEW_POINTS = 20  # are drawn as dots too: one alone makes no line
 # All others: red.
 COLOURS = {"driving": "green", "idle": "grey", "resetting": "orange", "paused": "orange", "holding": "orange"}
 STAGE_COLOURS = {"live": "green", "canary": "blue", "candidate": "blue", "rejected": "red", "retired": "grey"}
-# Of their own, so that a stop never waits behind what is only looked at.
+# Of their own, so that a stop never waits behind what is only looked at, nor behind decisions and labels that hang.
 ACTIONS = ThreadPoolExecutor(4, thread_name_prefix="action")
+STOPS = ThreadPoolExecutor(4, thread_name_prefix="stop")
 # A button that keeps the focus would be pressed again by the space bar.
 NO_FOCUS = """<script>
 addEventListener("click", (event) => {
@@ -42,7 +44,7 @@ STYLE = """
 
 def name_of(request: Request) -> str:
     """Whose name goes with what is done here: the one given at login, else whoever runs the page."""
-    return who(request.scope) or getpass.getuser()
+    return who(request.scope) or account()
 
 
 @contextmanager
@@ -57,7 +59,8 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
         ui.space()
         reset = ui.button("Reset", on_click=lambda: act(lambda: actions.order(view, "reset"))).props("flat color=white")
         reset.tooltip("lift the stop; paused robots stay paused")
-        stop = ui.button("Stop all", on_click=lambda: act(lambda: actions.stop(view, name)), color="red", icon="stop")
+        press = partial(act, lambda: actions.stop(view, name), STOPS)
+        stop = ui.button("Stop all", on_click=press, color="red", icon="stop")
         stop.tooltip("stop all robots at once; they stay stopped until Reset")
         if view.deployment.page.password:
             ui.html(LOGOUT, sanitize=False)
@@ -113,13 +116,16 @@ def pressed(event: events.KeyEventArguments) -> str:
     return event.key.name if not event.action.repeat or event.key.is_cursorkey else ""
 
 
-async def act(what: Callable[[], str]) -> None:
+async def act(what: Callable[[], str], threads: ThreadPoolExecutor = ACTIONS) -> None:
     """Carry out an action away from the page's own thread, and say how it went."""
     client = ui.context.client  # the card that asked may be gone by the answer, its page is not
     try:
-        told, failed = await asyncio.get_running_loop().run_in_executor(ACTIONS, what), False
-    except (FieldtuneError, OSError) as error:
-        told, failed = f"not done, or not confirmed: {error}", True
+        told, failed = await asyncio.get_running_loop().run_in_executor(threads, what), False
+    except Exception as error:
+        # Whatever it was: nobody may take silence for a stop.
+        told, failed = f"not done, or not confirmed: {error or type(error).__name__}", True
+        if not isinstance(error, FieldtuneError | OSError):
+            logging.exception("an action on the page failed")
     with client:
         # What failed stays until somebody has read it.
         timeout, kind = (0, "negative") if failed else (5000, "positive")

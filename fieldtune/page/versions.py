@@ -68,14 +68,20 @@ def register(view: RunView) -> None:
         async def ask_promote() -> None:
             now = await asyncio.to_thread(view.status)
             version = selected() or (now.staging.get("candidate", "") if now else "")
-            what = version[:12] or "the canary"
-            await act_if_sure(f"Make {what} live now?", partial(actions.govern, view, "promote", version, name))
+            if not version:
+                ui.notify("no canary runs, or the runtime does not answer; select a version")
+                return
+            question = f"Make {version[:12]} live now?"
+            await act_if_sure(question, partial(actions.govern, view, "promote", version, name))
 
         async def ask_back() -> None:
             now = await asyncio.to_thread(view.status)
             version = selected() or (now.previous if now else "")
-            what = version[:12] or "the version before the live one"
-            await act_if_sure(f"Go back to {what} now?", partial(actions.govern, view, "rollback", version, name))
+            if not version:
+                ui.notify("no version was live before, or the runtime does not answer; select a version")
+                return
+            question = f"Go back to {version[:12]} now?"
+            await act_if_sure(question, partial(actions.govern, view, "rollback", version, name))
 
         async def ask_pin() -> None:
             if pin.text == "Pin":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 from pathlib import Path
 
 import msgspec
 
 from bridge.backends import make_backend
+from fieldtune.commands.common import account
 from fieldtune.commands.evaluate import fieldtune_command
 from fieldtune.data.export import Wanted, export
 from fieldtune.data.importing import import_demos
@@ -44,7 +44,7 @@ def relabel(walk: Walk, version: str) -> str:
     before, own = buffered(state), most_of(state, version)
     chosen, neighbours = own[len(own) // 2], [own[len(own) // 2 - 1], own[len(own) // 2 + 1]]
     was = walk.index.get(chosen)
-    row = walk.index.label(chosen, "failure", getpass.getuser())
+    row = walk.index.label(chosen, "failure", account())
     number = walk.index.labels_after(0)[-1].number
     walk.check(
         f"{chosen} of {row.task} ended as {was.status if was else '-'} after {row.steps} steps and is in the buffer, "

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from bridge.client import SilentError
 from bridge.errors import FieldtuneError
@@ -79,22 +80,22 @@ class Walk:
         """Say what is about to happen, and wait for Enter if that was asked for."""
         self.steps.append(Step(title, page))
         console = self._console()
-        where = f"  [dim]{self.up.page.url}{page}[/dim]" if self.up.page and self.up.page.url else ""
-        console.print(f"\n[bold]{len(self.steps)}. {escape(title)}[/bold]{where}")
+        where = f"  {self.up.page.url}{page}" if self.up.page and self.up.page.url else ""
+        console.print(Text.assemble("\n", (f"{len(self.steps)}. {title}", "bold"), (where, "dim")))
         self.tell(intent)
         if self.pause:
-            console.print("   [dim]Enter goes on[/dim]")
+            console.print("   Enter goes on", style="dim")
             self._wait_for_enter()
         return self.steps[-1]
 
     def tell(self, text: str) -> None:
         """A paragraph, broken at the width of the terminal."""
-        self._console().print(escape(text))
+        self._console().print(text)
 
     def check(self, text: str, good: bool) -> None:
         """Say what was found in this step, and remember if it must not be so."""
-        mark = "[green]ok[/green] " if good else "[red]NOT[/red]"
-        self._console().print(f"   {mark} {escape(text)}", soft_wrap=True)
+        mark = ("ok ", "green") if good else ("NOT", "red")
+        self._console().print(Text.assemble("   ", mark, f" {text}"), soft_wrap=True)
         if not good:
             self.steps[-1].failed.append(text)
 

@@ -138,6 +138,12 @@ def test_nobody_listens(tmp_path: Path) -> None:
             client.request(GetStatus(), StatusReply, timeout_s=SHORT_S)
 
 
+def test_an_address_that_is_none_is_named() -> None:
+    for endpoint in ("tcp://127.0.0.1:port", "tcp://127.0.0.1:"):
+        with pytest.raises(ConfigError, match=f"endpoint {endpoint}: cannot be used: Invalid argument"):
+            PolicyClient(endpoint, client="t")
+
+
 def test_a_mute_runtime(start: Start) -> None:
     runtime = start(mute)
     with PolicyClient(runtime.endpoint, client="t", timeout_s=SHORT_S) as client:

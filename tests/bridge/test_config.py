@@ -72,6 +72,10 @@ def test_the_ordinary_loader_is_left_as_it_was() -> None:
         ("inner: {steps: '3'}", ["$.inner.steps", "'3'", "Expected `int`"]),
         ("inner: {names: [a, 3]}", ["$.inner.names[1]", "3", "Expected `str`"]),
         ("inner: 3", ["$.inner", "3", "Expected `object`"]),
+        (
+            "bridge: {safety: {low: {on: 1}}}",
+            ["yaml: $.bridge.safety.low: Expected `str`", "as a key", "True"],
+        ),
         ("bridge: {workers: 0}", ["$.bridge.workers", "0", ">= 1"]),
         ("bridge: {horizon_steps: -5}", ["$.bridge.horizon_steps", "-5", ">= 1"]),
         ("bridge: {request_timeout_s: 0}", ["$.bridge.request_timeout_s", "0", "> 0"]),
@@ -94,9 +98,21 @@ def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     assert "Expected `object`" in error(tmp_path, text)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1", "a: *nobody", "a: 1\n b: 2"])
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c", "\tx: 1", "a: *nobody", "a: 1\n b: 2", "a: 2024-13-45"])
 def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
     assert "is not valid YAML" in error(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["bridge: {workers: 2}\nbridge: {niceness: 1}", "bridge: {workers: 2, workers: 3}"])
+def test_a_key_that_is_given_twice_is_an_error(tmp_path: Path, text: str) -> None:
+    key = "bridge" if "\n" in text else "workers"
+    message = error(tmp_path, BASE + text)
+    assert f"found the key `{key}` twice" in message and "line " in message
+
+
+def test_a_merged_mapping_may_be_added_to(tmp_path: Path) -> None:
+    text = "inner: &a {lr: 1, steps: 3}\nmaybe: {<<: *a, lr: 2}"
+    assert load(tmp_path, BASE + text).maybe == Inner(2.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +158,9 @@ def test_overrides_replace_add_and_are_checked(tmp_path: Path) -> None:
     assert load(tmp_path, BASE + "maybe: {lr: 1}", "maybe=null").maybe is None
 
 
-@pytest.mark.parametrize("override", ["inner.lr", "=3", "inner..lr=3", ".lr=3", "inner.lr=[1", ""])
+@pytest.mark.parametrize(
+    "override", ["inner.lr", "=3", "inner..lr=3", ".lr=3", "inner.lr=[1", "inner.lr=2024-13-45", ""]
+)
 def test_malformed_overrides(tmp_path: Path, override: str) -> None:
     assert f"--set {override}" in error(tmp_path, BASE, override)
 

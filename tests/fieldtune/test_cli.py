@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -152,9 +153,16 @@ def test_a_runtime_that_is_not_there_fails_with_1(
     assert captured.out == "" and captured.err.startswith("fieldtune: ")
 
 
-@pytest.mark.parametrize(("command", "extra"), [("bundle verify x", "runtime"), ("sft point", "trainer")])
-def test_a_missing_extra_is_named(command: str, extra: str, tmp_path: Path) -> None:
-    package = {"runtime": "onnxruntime", "trainer": "torch"}[extra]
+@pytest.mark.parametrize(
+    ("command", "extra", "package"),
+    [
+        ("bundle verify x", "runtime", "onnxruntime"),
+        ("sft point", "trainer", "torch"),
+        ("page point", "dashboard", "uvicorn"),
+        ("page point", "dashboard", "fastapi"),
+    ],
+)
+def test_a_missing_extra_is_named(command: str, extra: str, package: str, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None; from fieldtune.cli import run; sys.exit(run({command.split()}))"
     )
@@ -169,6 +177,33 @@ def test_a_missing_extra_is_named(command: str, extra: str, tmp_path: Path) -> N
 def test_an_import_that_is_not_an_extra_is_a_bug_and_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(COMMANDS, "status", ("fieldtune.commands.no_such_module:x", ""))
     with pytest.raises(ModuleNotFoundError):
+        run(["status"])
+
+
+@pytest.mark.parametrize("line", ["up point", "pretrain point", "policies rollback point", "keys FILE/keys arm"])
+def test_a_place_that_cannot_be_written_is_named(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    words = line.replace("FILE", str(path)).split()
+    assert run([*words, *(() if words[0] == "keys" else ("--set", f"runs={path}"))]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"fieldtune: {path}/") and told.endswith(": Not a directory\n")
+
+
+def test_a_full_disk_is_said_and_other_failures_of_the_system_are_bugs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(code: int) -> None:
+        def command() -> int:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fieldtune.commands.status.status", command)
+
+    fail(errno.ENOSPC)
+    assert run(["status"]) == 1
+    assert capsys.readouterr().err == "fieldtune: No space left on device\n"
+    fail(errno.EBADF)
+    with pytest.raises(OSError, match="Bad file descriptor"):
         run(["status"])
 
 

@@ -16,12 +16,15 @@ import pytest
 import yaml
 
 from bridge.backend import Backend
+from bridge.client import PolicyClient
 from bridge.config import BridgeConfig
 from bridge.guard import Guard
+from bridge.messages import Orders, Watch
 from bridge.watch import Watcher
 from fieldtune.cli import run
 from fieldtune.keyboard import keys
 from runtime.episodes import EpisodeLog
+from runtime.index import EpisodeIndex, EpisodeRow
 
 ENOUGH_S = 60.0
 
@@ -91,6 +94,28 @@ def test_stop_says_who_is_stopped_and_operator_resets(
     assert not guards[0].paused
 
 
+def test_what_stands_in_brackets_is_said_as_it_is(
+    serve: Any, deployment: Any, watched: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "no answer on [/dev/ttyACM0], sent [nan 0.5]"
+    serving = serve()
+    config = deployment(serving.endpoint)
+    watched(serving.endpoint, "arm [left]")
+    until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+    assert run(["stop", config, "--why", why]) == 0
+    assert " ".join(capsys.readouterr().out.split()) == f"arm [left]: stopped: {why}"
+    assert run(["status", config]) == 0
+    assert "[/dev/ttyACM0]" in capsys.readouterr().out
+    # fmt: off
+    row = EpisodeRow(seq=0, episode="a", file="a", task="[/reach]", seed=1, source="policy", explore=True, steps=0,
+        status="aborted", decisions=0, versions=(), client="arm", started_unix_s=1.0, ended_unix_s=2.0, reason=why,
+        bytes=0)
+    # fmt: on
+    EpisodeIndex(tmp_path / "other" / "episodes").add([row])
+    assert run(["episodes", "list", config, "--set", "name=other"]) == 0
+    assert "[/reach]" in capsys.readouterr().out
+
+
 def test_a_robot_that_does_not_say_that_it_is_stopped_is_named(
     serve: Any, deployment: Any, watched: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +125,17 @@ def test_a_robot_that_does_not_say_that_it_is_stopped_is_named(
     monkeypatch.setattr(guard, "obey", lambda orders: None)
     monkeypatch.setattr("fieldtune.commands.operator.CONFIRM_S", 0.1)
     assert run(["stop", deployment(serving.endpoint)]) == 1
+    assert "not stopped: arm" in capsys.readouterr().err
+
+
+def test_a_robot_that_is_given_up_as_silent_meanwhile_is_named(
+    serve: Any, deployment: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = serve(session_timeout_s=1.0)
+    with PolicyClient(serving.endpoint, client="arm", timeout_s=ENOUGH_S) as robot:
+        robot.request(Watch(bridge="a", client="arm", session="", state="driving"), Orders)
+        assert run(["stop", deployment(serving.endpoint)]) == 1
+    assert serving.status()["robots"] == {}
     assert "not stopped: arm" in capsys.readouterr().err
 
 

@@ -40,6 +40,7 @@ from bridge.config import ConfigError
 from fieldtune.cli import run
 from fieldtune.page.access import Access, who
 from fieldtune.page.config import PageConfig, check_page_config
+from fieldtune.page.frame import name_of
 from fieldtune.page.login import SESSION_S, WRONG_PER_MINUTE, _same_site
 from fieldtune.page.password import PasswordFile, write_password
 
@@ -187,6 +188,14 @@ def page(locked: Page) -> Page:
 
 
 # --- names of this computer and other sites -----------------------------------------------------------------------
+
+
+def test_an_account_without_a_name_is_known_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    assert name_of(Request({"type": "http"})) == f"uid {os.getuid()}"
 
 
 def test_without_a_password_the_page_is_there_and_nobody_has_a_name(open_page: Page) -> None:
@@ -469,6 +478,30 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(home / "cert.pem"), str(home / "key.pem")
 
 
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
+    certificate: tuple[str, str], tmp_path: Path
+) -> None:
+    locked = str(tmp_path / "locked.pem")
+    made = f"pkey -in {certificate[1]} -aes256 -passout pass:secret -out {locked}"
+    subprocess.run(["openssl", *made.split()], check=True, capture_output=True)
+    code = (
+        "from fieldtune.page.config import PageConfig, check_page_config;"
+        f"check_page_config(PageConfig(certificate={certificate[0]!r}, key={locked!r}))"
+    )
+    # A session of its own has no terminal: OpenSSL asks on stdin then, as in a page that `fieldtune up` starts.
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        check=False,
+    )
+    assert "pass phrase" not in done.stdout + done.stderr
+    assert "ConfigError: $.page.key: is locked with a passphrase" in done.stderr
+
+
 def test_over_tls_the_cookies_stay_there(certificate: tuple[str, str], tmp_path: Path) -> None:
     config = PageConfig(password=password_file(tmp_path / "p"), certificate=certificate[0], key=certificate[1])
     check_page_config(config)
@@ -626,22 +659,40 @@ def test_a_directory_that_is_not_there_is_named(
     assert "cannot be written: No such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("second", "code"), [("long enough é", 0), ("long enough e", 2)])
-def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp_path: Path) -> None:
-    path = tmp_path / "password"
+def in_terminal(path: Path, *answers: bytes) -> tuple[int, bytes]:
+    """Ask for a password in a terminal, answer its prompts; exit code, and what was shown."""
     terminal, theirs = pty.openpty()
-    command = [sys.executable, "-m", "fieldtune", "page", "password", str(path)]
-    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    # Its own terminal, whose keys are signals for it.
+    command = ["setsid", "--ctty", sys.executable, "-m", "fieldtune", "page", "password", str(path)]
+    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b""
-    for prompt, answer in ((b"Password of the page: ", "long enough é"), (b"Once more: ", second)):
+    for prompt, answer in zip((b"Password of the page: ", b"Once more: "), answers, strict=False):
         while prompt not in shown:
             shown += os.read(terminal, 1024)
-        os.write(terminal, f"{answer}\n".encode())
+        os.write(terminal, answer)
     with contextlib.suppress(OSError):
         while more := os.read(terminal, 1024):
             shown += more
     os.close(terminal)
-    assert child.wait(60) == code
+    return child.wait(60), shown
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "said"), [(b"\x03", 1, b"interrupted"), (b"\x04", 2, b"no password was typed; nothing was written")]
+)
+def test_whoever_leaves_the_terminal_gets_a_line_and_no_traceback(
+    key: bytes, code: int, said: bytes, tmp_path: Path
+) -> None:
+    ended, shown = in_terminal(tmp_path / "password", key)
+    assert ended == code and b"fieldtune: " + said in shown and b"Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("second", "code"), [("long enough é", 0), ("long enough e", 2)])
+def test_a_terminal_is_asked_twice_and_shows_nothing(second: str, code: int, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    ended, shown = in_terminal(path, "long enough é\n".encode(), f"{second}\n".encode())
+    assert ended == code
     assert b"long enough" not in shown
     assert path.exists() == (code == 0) and (code or PasswordFile.read(path).matches("long enough é"))

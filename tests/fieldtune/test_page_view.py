@@ -1,14 +1,17 @@
 """What the page reads: running episodes as they grow, and versions summed up."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
 
 from bridge.backends.point import Point, PointOptions
 from bridge.config import BackendConfig
 from fieldtune.deployment import Deployment
+from fieldtune.page import app
 from fieldtune.page.logged import read_logged
 from fieldtune.page.running import OpenEpisodes
 from fieldtune.page.view import RunView, Shared, jpeg, version_line
@@ -191,3 +194,16 @@ def test_pictures_are_jpeg() -> None:
     image[:, :8] = 200
     back = np.asarray(Image.open(BytesIO(jpeg(image))))
     assert back.shape == (8, 16, 3) and abs(back.astype(int) - image).max() < 8
+
+
+def test_the_page_is_served_although_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    view = RunView(Deployment(name="full", backend=BackendConfig("point"), runs=str(tmp_path)))
+    monkeypatch.setattr(app, "make_app", lambda view: Starlette())
+    monkeypatch.setattr(app, "write_atomic", full)
+    said: list[str] = []
+    app.serve(view, view.deployment.page, lambda: True, said.append)
+    assert said[0] == f"{view.run.page_url} cannot be written: No space left on device"
+    assert said[1].startswith("page: http://127.0.0.1:")

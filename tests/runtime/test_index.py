@@ -256,3 +256,16 @@ def test_an_index_that_is_made_anew_gets_its_labels_back_and_a_torn_one_costs_no
     index.restore_labels()
     assert index.labels_after(0) == before
     assert {row.episode: row.status for row in index.after(0)} == {"a": "failure", "b": "aborted"}
+
+
+def test_a_log_that_takes_the_place_of_another_is_the_one_that_is_read_and_written(tmp_path: Path) -> None:
+    index = EpisodeIndex(tmp_path / "log")
+    index.add([make_row("old")])
+    (tmp_path / "log").rename(tmp_path / "aside")
+    assert index.list(limit=9) == []
+    EpisodeIndex(tmp_path / "log").add([make_row("new")])
+    assert [row.episode for row in index.list(limit=9)] == ["new"]
+    with pytest.raises(DatabaseError, match="no episode old"):
+        index.label("old", "success", "Ada")
+    assert index.label("new", "failure", "Ada").status == "failure"
+    assert [row.status for row in EpisodeIndex(tmp_path / "aside").list(limit=9)] == ["success"]
