@@ -144,7 +144,6 @@ class LeRobotExport:
         n = len(rows)
         index = np.arange(n)
         columns: dict[str, NDArray[Any] | Sequence[str]] = {
-            layout.STATE: np.stack([o.state for o in rows.observation]),
             layout.ACTION: rows.action,
             layout.REWARD: rows.reward,
             layout.DONE: index == n - 1,
@@ -157,6 +156,8 @@ class LeRobotExport:
             "index": index + self._total_frames,
             "task_index": np.full(n, task),
         }
+        if layout.STATE in self._info["features"]:
+            columns[layout.STATE] = np.stack([o.state for o in rows.observation])
         if layout.PRIVILEGED in self._info["features"]:
             columns[layout.PRIVILEGED] = np.stack([_privileged(o) for o in rows.observation])
         if rows.executed is not None:
@@ -165,11 +166,12 @@ class LeRobotExport:
 
     def _write_data(self, at: dict[str, int], columns: dict[str, Any], images: dict[str, list[Any]]) -> None:
         assert self._info is not None
-        values: dict[str, Any] = {name: _list(column) for name, column in columns.items()}
+        features = self._info["features"]
+        values: dict[str, Any] = {name: _list(column, features[name]["shape"]) for name, column in columns.items()}
         for name, own in images.items():
             encoded = {id(image): encode_png(image) for image in _each_once(own)}
             values[name] = [{"bytes": encoded[id(image)], "path": None} for image in own]
-        schema = data_schema(self._info["features"])
+        schema = data_schema(features)
         table = pa.table({name: values[name] for name in schema.names}, schema=schema)
         _write_table(self.directory / layout.DATA.format(**at), table)
 
@@ -209,8 +211,12 @@ def _privileged(observation: Observation) -> NDArray[np.float32]:
     return observation.privileged
 
 
-def _list(column: NDArray[Any] | Sequence[str]) -> list[Any]:
-    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+def _list(column: NDArray[Any] | Sequence[str], shape: list[int]) -> list[Any]:
+    """What a column holds in its rows: where that is one element LeRobot has a plain number."""
+    if not isinstance(column, np.ndarray):
+        return list(column)
+    values: list[Any] = (column.reshape(-1) if shape == [1] else column).tolist()
+    return values
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def features(spec: BackendSpec, frames: Frames, horizon: int) -> Features:
             }
             for camera in spec.cameras
         },
-        STATE: vector(spec.state.names, spec.state.units),
+        **({STATE: vector(spec.state.names, spec.state.units)} if spec.state.names else {}),
         ACTION: action,
         REWARD: number("float32"),
         DONE: number("bool"),

@@ -62,7 +62,8 @@ class Vector:
             table[column].reshape(len(table[column]), -1)[:, position]
             for column, position in zip(self.columns, self.positions, strict=True)
         ]
-        values = np.stack(taken, 1) * self.scale + self.offset
+        rows = len(next(iter(table.values())))
+        values = (np.stack(taken, 1) if taken else np.zeros((rows, 0))) * self.scale + self.offset
         for element, (low, high) in self.changes.items():
             values[:, element] = changes(values[:, element], low, high)
         return values.astype(np.float32)

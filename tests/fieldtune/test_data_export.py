@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from mcap.reader import make_reader
 from msgspec.structs import replace
 
+from bridge.backend import ActionSpec, VectorSpec
 from fieldtune.cli import run
 from fieldtune.data.export import Exported, Wanted, export
 from fieldtune.data.frames import FramesError, rows_of
@@ -198,6 +199,25 @@ def test_rows_may_be_decisions(tmp_path: Path) -> None:
     assert info["fps"] == 10 / HORIZON and info["features"]["action"]["shape"] == [HORIZON, 2]
     assert table["step"] == [0, 3, 6] and table["executed"][2] == [False, True, False, False]
     np.testing.assert_array_equal(np.float32(table["action"][2])[1], sent(7))
+
+
+def test_a_vector_of_one_element_is_a_column_of_numbers_and_one_of_none_is_no_column(tmp_path: Path) -> None:
+    one = ActionSpec(("a",), ("m",), (-1.0,), (1.0,), "absolute")
+    small = replace(SPEC, state=VectorSpec(("x",), ("m",)), action=one)
+    log = log_of(tmp_path / "log", 1, spec=replace(small, privileged=VectorSpec(("goal",), ("m",))))
+    to_lerobot(log, tmp_path / "out")
+    table = data(tmp_path / "out", 0)
+    np.testing.assert_array_equal(np.float32(table["action"]), [sent(step)[0] for step in range(STEPS)])
+    assert table["observation.state"] == [0.0] * 4 + [4.0] * 4 + [8.0] * 3 and table["privileged"] == [0.0] * STEPS
+    blind = replace(small, state=VectorSpec((), ()))
+    to_lerobot(log_of(tmp_path / "blind", 1, spec=blind), tmp_path / "no_state")
+    assert "observation.state" not in load(tmp_path / "no_state/meta/info.json")["features"]
+    for name, horizon in (("chunks", HORIZON), ("single", 1)):
+        short = log_of(tmp_path / name / "log", 1, spec=small, chunk=horizon)
+        to_lerobot(short, tmp_path / name / "out", "decisions")
+        table = data(tmp_path / name / "out", 0)
+        assert np.shape(table["action"])[1:] == (horizon, 1)
+        assert np.shape(table["executed"])[1:] == ((horizon,) if horizon > 1 else ())
 
 
 def test_only_wanted_episodes_are_exported(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bridge.backend import CameraSpec
+from bridge.backend import ActionSpec, CameraSpec, VectorSpec
 from bridge.backends import make_backend
 from bridge.config import BackendConfig, ConfigError
 from fieldtune.cli import run
@@ -74,6 +74,18 @@ def test_what_was_exported_comes_back(tmp_path: Path) -> None:
             np.testing.assert_array_equal(decision.observation.images[camera], seen[f"image/{camera}"])
         np.testing.assert_array_equal(decision.sent, [sent(decision.step + i) for i in range(len(decision.sent))])
         assert decision.log_prob is None
+
+
+def test_a_vector_of_one_element_or_none_comes_back(tmp_path: Path) -> None:
+    one = ActionSpec(("a",), ("m",), (-1.0,), (1.0,), "absolute")
+    for names in (("x",), ()):
+        small = replace(SPEC, state=VectorSpec(names, ("m",) * len(names)), action=one)
+        where = tmp_path / str(len(names))
+        dataset = exported(log_of(where / "log", 1, spec=small), where / "out")
+        assert imported(dataset, where / "demos", spec=small).written == 1
+        last = demos_in(where / "demos")[0].decisions[-1]
+        np.testing.assert_array_equal(last.observation.state, observation(8, small)["state"])
+        np.testing.assert_array_equal(last.sent, [sent(step)[:1] for step in (8, 9, 10)])
 
 
 def test_an_import_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
