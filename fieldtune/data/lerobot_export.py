@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bridge.backend import Observation
 from fieldtune.data import lerobot_layout as layout
-from fieldtune.data.frames import Frames, Rows, rows_of
+from fieldtune.data.frames import Frames, FramesError, Rows, rows_of
 from fieldtune.data.lerobot_layout import DatasetError
 from fieldtune.data.lerobot_tables import data_schema, tasks_table
 from fieldtune.data.png import encode_png
@@ -62,7 +62,8 @@ class LeRobotExport:
         return episode in self._episodes
 
     def add(self, row: EpisodeRow, episode: Episode) -> bool:
-        """Append an episode; False for one in which nothing was executed. Raises `FramesError`."""
+        """Append an episode; False for one in which nothing was executed. Raises `FramesError`, also for one of another
+        backend than those that are there."""
         rows = rows_of(episode, self._frames)
         if not len(rows):
             return False
@@ -132,10 +133,9 @@ class LeRobotExport:
             write_json(self.directory / BEGUN, wanted)
             self._info = wanted
         elif self._info != wanted:
-            raise DatasetError(
-                f"{self.directory} was begun with {_difference(self._info, wanted)} of "
-                f"episode {episode.start.episode}; one dataset has one backend, one size of chunk and one kind of "
-                "rows: choose another --out"
+            raise FramesError(
+                f"{self.directory} was begun with {_difference(self._info, wanted)} of this episode; one dataset has "
+                "one backend and one size of chunk: choose another --out for it, with --since, --version or --task"
             )
 
     def _columns(self, rows: Rows, number: int, task: int) -> dict[str, NDArray[Any] | Sequence[str]]:
