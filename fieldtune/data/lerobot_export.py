@@ -49,6 +49,12 @@ class LeRobotExport:
         if not begun.exists() and (directory / layout.INFO).exists():
             raise DatasetError(f"{directory} has a dataset that was not exported by fieldtune; choose another --out")
         self._info: dict[str, Any] | None = msgspec.json.decode(begun.read_bytes()) if begun.exists() else None
+        rows_there = "decisions" if self._info and layout.EXECUTED in self._info["features"] else "steps"
+        if self._info is not None and rows_there != frames:
+            raise DatasetError(
+                f"{directory} has rows that are {rows_there}, not {frames}; choose another --out, or "
+                f"--frames {rows_there}"
+            )
         self._episodes: set[str] = set()
         self._tasks: dict[str, int] = {}
         self._total_frames = 0

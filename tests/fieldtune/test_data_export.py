@@ -319,7 +319,13 @@ def test_episodes_of_another_backend_are_left_out_by_name(tmp_path: Path) -> Non
 
 def test_what_does_not_fit_the_dataset_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    to_lerobot(log_of(tmp_path / "log", 1), out)
+    log = log_of(tmp_path / "log", 1)
+    to_lerobot(log, out)
+    with pytest.raises(DatasetError, match="has rows that are steps, not decisions; choose another --out"):
+        to_lerobot(log, out, "decisions")
+    to_lerobot(log, tmp_path / "chunks", "decisions")
+    with pytest.raises(DatasetError, match=r"has rows that are decisions, not steps.* or --frames decisions"):
+        to_lerobot(log, tmp_path / "chunks")
     held = LeRobotExport(out, "steps")
     with pytest.raises(DatasetError, match="another process"):
         LeRobotExport(out, "steps")
