@@ -135,6 +135,9 @@ class LeRobotExport:
         """Note what the dataset is, or check that the episode fits what was noted."""
         horizon = rows.action.shape[1] if self._frames == "decisions" else 1
         wanted = layout.info(episode.start.spec, self._frames, horizon)
+        if self._info is not None:
+            # Datasets that were begun by an earlier version do not say it.
+            self._info["features"][layout.ACTION].setdefault("kind", episode.start.spec.action.kind)
         if self._info is None:
             write_json(self.directory / BEGUN, wanted)
             self._info = wanted

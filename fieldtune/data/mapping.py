@@ -188,6 +188,10 @@ def _vector(
             if limits is None or limits.kind != "delta":
                 raise ConfigError(f"{where}.change: is for an action that says how far its goal moves (kind delta)")
             changing[i] = limits.low[i], limits.high[i]
+        wanted = None if limits is None else "absolute" if element.change else limits.kind
+        if wanted and features[column].kind == {"absolute": "delta", "delta": "absolute"}[wanted]:
+            mend = "; change: true makes moves of goals" if wanted == "delta" else ""
+            raise ConfigError(f"{where}: {element.take} is {features[column].kind}, not {wanted}{mend}")
         theirs = dict(enumerate(features[column].units or ())).get(position, unit)
         if theirs != unit and element == ElementConfig(element.take):
             raise ConfigError(f"{where}: {element.take} is in {theirs} and the backend's in {unit}; give a scale")

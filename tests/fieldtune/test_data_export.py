@@ -149,7 +149,9 @@ def test_a_dataset_holds_the_log(tmp_path: Path) -> None:
     assert features["observation.images.eye"] == {
         "dtype": "image", "shape": [8, 12, 3], "names": ["height", "width", "channels"],
     }  # fmt: skip
-    assert features["action"] == {"dtype": "float32", "shape": [2], "names": ["a", "b"], "units": ["m", "deg"]}
+    assert features["action"] == {
+        "dtype": "float32", "shape": [2], "names": ["a", "b"], "units": ["m", "deg"], "kind": "absolute",
+    }  # fmt: skip
     table = data(out, 1)
     assert set(table) == set(features)
     assert table["frame_index"] == list(range(STEPS)) and table["index"] == list(range(STEPS, 2 * STEPS))
@@ -263,6 +265,16 @@ def test_an_export_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
     assert to_lerobot(log, out).written == 0
 
 
+def test_an_export_that_did_not_say_the_kind_of_its_actions_goes_on(tmp_path: Path) -> None:
+    log, out = log_of(tmp_path / "log", 2), tmp_path / "out"
+    to_lerobot(log, out, wanted=Wanted(status=("success",)))
+    begun = load(out / "meta/fieldtune.json")
+    del begun["features"]["action"]["kind"]
+    (out / "meta/fieldtune.json").write_text(json.dumps(begun))
+    assert to_lerobot(log, out) == Exported(written=1, there=1, left_out={})
+    assert load(out / "meta/info.json")["features"]["action"]["kind"] == "absolute"
+
+
 def test_what_was_half_written_is_written_again(tmp_path: Path) -> None:
     log, out = log_of(tmp_path / "log", 3), tmp_path / "out"
     to_lerobot(log, out)
@@ -300,13 +312,15 @@ def test_episodes_of_another_backend_are_left_out_by_name(tmp_path: Path) -> Non
     log, out = EpisodeLog(tmp_path / "log"), tmp_path / "out"
     log_episode(log, "first")
     log_episode(log, "unit", spec=replace(SPEC, action=replace(SPEC.action, units=("m", "rad"))))
+    log_episode(log, "moves", spec=replace(SPEC, action=replace(SPEC.action, kind="delta")))
     log_episode(log, "rate", spec=replace(SPEC, control_hz=20.0))
     log_episode(log, "camera", spec=replace(SPEC, cameras=SPEC.cameras[:1]))
     log_episode(log, "last")
     log.close()
     done = to_lerobot(tmp_path / "log", out)
-    assert done.written == 2 and list(done.left_out) == ["unit", "rate", "camera"]
+    assert done.written == 2 and list(done.left_out) == ["unit", "moves", "rate", "camera"]
     assert "was begun with other columns (action) than those of this episode" in done.left_out["unit"]
+    assert "other columns (action)" in done.left_out["moves"]
     assert "was begun with fps 10, not the 20 of this episode" in done.left_out["rate"]
     assert "other columns (observation.images.wrist)" in done.left_out["camera"]
     assert load(out / "meta/info.json")["total_episodes"] == 2 and meta(out, 1)["episode"] == "last"

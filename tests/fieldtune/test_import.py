@@ -308,6 +308,23 @@ def test_rates_and_units_must_agree(tmp_path: Path) -> None:
     map_dataset(info, ["go"], other, DatasetConfig(state={"z": ElementConfig("observation.state/z", scale=57.3)}))
 
 
+def test_goals_are_not_taken_for_moves_where_the_dataset_says_what_they_are(tmp_path: Path) -> None:
+    delta = replace(SPEC, action=replace(SPEC.action, kind="delta"))
+    goals, moves = (
+        LeRobotReader(exported(log_of(tmp_path / f"{i}log", 1, spec=spec), tmp_path / f"{i}")).info
+        for i, spec in enumerate((SPEC, delta))
+    )
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is absolute, not delta; change: true makes moves"):
+        map_dataset(goals, ["go"], delta, AS_NAMED)
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is delta, not absolute$"):
+        map_dataset(moves, ["go"], SPEC, AS_NAMED)
+    change = DatasetConfig(action={name: ElementConfig(f"action/{name}", change=True) for name in "ab"})
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is delta, not absolute$"):
+        map_dataset(moves, ["go"], delta, change)
+    map_dataset(goals, ["go"], delta, change)
+    map_dataset(moves, ["go"], delta, AS_NAMED)
+
+
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no LeRobotDataset"):
         LeRobotReader(tmp_path)
