@@ -81,12 +81,15 @@ class LeRobotExport:
             layout.IMAGE + camera.name: [o.images[camera.name] for o in rows.observation]
             for camera in episode.start.spec.cameras
         }
+        counted = columns
+        if rows.executed is not None and rows.executed.any():
+            counted = {**columns, layout.ACTION: rows.action[rows.executed]}  # without what only fills a chunk up
         stats = {
             **{
                 name: image_stats(_each_once(values)) | {"count": np.array([len(rows)])}
                 for name, values in images.items()
             },
-            **{name: column_stats(values) for name, values in columns.items() if isinstance(values, np.ndarray)},
+            **{name: column_stats(values) for name, values in counted.items() if isinstance(values, np.ndarray)},
         }
         self._write_data(at, columns, images)
         assert self._info is not None

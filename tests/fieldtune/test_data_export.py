@@ -203,6 +203,18 @@ def test_rows_may_be_decisions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.float32(table["action"][2])[1], sent(7))
 
 
+def test_statistics_of_chunks_are_those_of_what_was_sent(tmp_path: Path) -> None:
+    log, out = log_of(tmp_path / "log", 2, late=1), tmp_path / "out"
+    to_lerobot(log, out, "decisions")
+    whole = np.stack([sent(step) for step in range(8)]).astype(np.float64)
+    stats = load(out / "meta/stats.json")["action"]
+    assert stats["count"] == [16]
+    for name, wanted in (("mean", whole.mean(0)), ("std", whole.std(0)), ("min", whole.min(0)), ("max", whole.max(0))):
+        np.testing.assert_allclose(stats[name], wanted, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(stats["q90"], np.quantile(whole, 0.9, axis=0), rtol=1e-6)
+    assert meta(out, 1)["stats/action/count"] == [8] and meta(out, 1)["stats/executed/count"] == [3]
+
+
 def test_a_vector_of_one_element_is_a_column_of_numbers_and_one_of_none_is_no_column(tmp_path: Path) -> None:
     one = ActionSpec(("a",), ("m",), (-1.0,), (1.0,), "absolute")
     small = replace(SPEC, state=VectorSpec(("x",), ("m",)), action=one)
