@@ -19,6 +19,7 @@ from fieldtune.data.lerobot_layout import INFO, TASKS, DatasetError, Info
 from fieldtune.data.png import ImageError, decode_image
 
 ROWS = 64  # of a data file read at once
+INCOMPLETE = "is the dataset whole? Copy or download it again"
 
 
 class DatasetEpisode:
@@ -100,9 +101,16 @@ class LeRobotReader:
             for batch in _batches(self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted)
         )
         pieces = (piece for batch in rows for piece in _by_episode(batch))
+        missing = set(self._meta)
         for number, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
             if number in self._meta:
+                missing.discard(number)
                 yield self._episode(number, pa.Table.from_batches([piece for _, piece in group]), stored)
+
+        if missing:
+            raise DatasetError(
+                f"{self.directory}: the data files have no frames of episode {min(missing)}; {INCOMPLETE}"
+            )
 
     def video(self, column: str, meta: Mapping[str, Any], frames: int) -> Iterator[UInt8]:
         """The images of an episode in a video."""
@@ -161,7 +169,13 @@ class LeRobotReader:
                 raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
             found.update({row["episode_index"]: row for row in table.to_pylist()})
         # What is beyond the total was being added when its writer ended.
-        return {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
+        counted = {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
+        if len(counted) < self.info.total_episodes:
+            raise DatasetError(
+                f"{self.directory}: meta/episodes has {len(counted)} of the {self.info.total_episodes} episodes that "
+                f"{INFO} counts; {INCOMPLETE}"
+            )
+        return counted
 
     def _path(self, template: str | None, **at: Any) -> Path:
         if template is None:

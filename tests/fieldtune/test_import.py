@@ -373,6 +373,20 @@ def test_a_file_that_is_cut_short_is_refused(file: str, share: float, tmp_path: 
         imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
 
 
+def test_a_dataset_that_lacks_episodes_is_refused(tmp_path: Path) -> None:
+    dataset = exported(log_of(tmp_path / "log", 3), tmp_path / "out")
+    (dataset / "meta/episodes/chunk-000/file-000.parquet").unlink()
+    with pytest.raises(DatasetError, match=r"meta/episodes has 2 of the 3 episodes that meta/info\.json counts"):
+        imported(dataset, tmp_path / "demos")
+    for rows in (0, 6):
+        theirs = made(tmp_path / f"theirs{rows}")
+        path = theirs / "data/chunk-000/file-000.parquet"
+        pq.write_table(pq.read_table(path).slice(0, rows), path)
+        with pytest.raises(DatasetError, match=f"the data files have no frames of episode {rows // 6}"):
+            imported(theirs, tmp_path / "demos", MAPPED, ONE_CAMERA)
+    assert not (tmp_path / "demos").exists()
+
+
 @pytest.mark.parametrize(
     ("file", "column", "values", "message"),
     [
