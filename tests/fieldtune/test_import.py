@@ -209,6 +209,15 @@ def test_names_units_and_texts_are_mapped(video: bool, tmp_path: Path) -> None:
         np.testing.assert_array_equal(decision.observation.images["eye"], picture(i, 16, 24))
 
 
+def test_a_dataset_in_the_cache_of_a_download_is_links(tmp_path: Path) -> None:
+    dataset = made(tmp_path / "snapshots/main", video=True)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate([*dataset.rglob("*.parquet"), *dataset.rglob("*.mp4"), dataset / "meta/info.json"]):
+        path.rename(tmp_path / f"blobs/{i}")
+        path.symlink_to(tmp_path / f"blobs/{i}")
+    assert imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA).written == 2
+
+
 def test_images_are_resized_where_that_is_asked_for(tmp_path: Path) -> None:
     dataset, small = made(tmp_path / "theirs", jpeg=True), replace(SPEC, cameras=(CameraSpec("eye", 8, 8),))
     with pytest.raises(ConfigError, match=r"cameras\.eye: .* is 16 x 24 x 3 and the camera of fake 8 x 8 x 3"):
@@ -332,9 +341,10 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     rewrite_info(dataset, codebase_version="v2.1")
     with pytest.raises(DatasetError, match=r"codebase_version is v2\.1"):
         LeRobotReader(dataset)
-    rewrite_info(dataset, codebase_version="v3.0", video_path="../../{video_key}")
-    with pytest.raises(DatasetError, match="outside of the dataset"):
-        imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
+    for outside in ("../../{video_key}", "videos/../../{video_key}", "/{video_key}", "..", "videos\0{video_key}"):
+        rewrite_info(dataset, codebase_version="v3.0", video_path=outside)
+        with pytest.raises(DatasetError, match="outside of the dataset"):
+            imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
     for wrong, message in [
         ("data/gone-{file_index}.parquet", r"gone-0\.parquet cannot be read"),
         ("{x}", "is no path"),
