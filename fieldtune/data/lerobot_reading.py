@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,9 @@ class LeRobotReader:
         rows = (
             batch
             for chunk, file in sorted(places)
-            for batch in _batches(self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted)
+            for batch in _batches(
+                self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted, set(stored)
+            )
         )
         pieces = (piece for batch in rows for piece in _by_episode(batch))
         missing = set(self._meta)
@@ -116,7 +119,7 @@ class LeRobotReader:
     def video(self, column: str, meta: Mapping[str, Any], frames: int) -> Iterator[UInt8]:
         """The images of an episode in a video."""
         for name in ("chunk_index", "file_index", "from_timestamp"):
-            if f"videos/{column}/{name}" not in meta:
+            if meta.get(f"videos/{column}/{name}") is None:
                 raise DatasetError(f"{self.directory}: the rows of episodes have no videos/{column}/{name}")
         at = {name: meta[f"videos/{column}/{name}"] for name in ("chunk_index", "file_index")}
         path = self._path(self.info.video_path, video_key=column, **at)
@@ -146,8 +149,15 @@ class LeRobotReader:
                 f"{self.directory}: episode {number} has {len(table)} frames, its row says "
                 f"{self._meta[number]['length']}"
             )
-        encoded = {name: [image["bytes"] for image in table[name].to_pylist()] for name in stored}
+        encoded = {name: [(image or {}).get("bytes") for image in table[name].to_pylist()] for name in stored}
         columns = {name: _numbers(table, name, number) for name in table.column_names if name not in stored}
+        for name, values in columns.items():
+            said = self.info.features[name].shape if name in self.info.features else [1]
+            if math.prod(values.shape[1:]) != math.prod(said):
+                raise DatasetError(
+                    f"{self.directory}: {name} of episode {number} has rows of shape {list(values.shape[1:])}, {INFO} "
+                    f"says {said}"
+                )
         if not 0 <= columns["task_index"].min() <= columns["task_index"].max() < len(self.texts):
             raise DatasetError(f"{self.directory}: episode {number} has a task_index without a text")
         return DatasetEpisode(self, number, columns, encoded)
@@ -158,6 +168,7 @@ class LeRobotReader:
         column = next((field.name for field in table.schema if field.type in texts), None)
         if column is None or "task_index" not in table.column_names:
             raise DatasetError(f"{self.directory / TASKS} has no texts, or no task_index")
+        _require_integers(table, ["task_index"], self.directory / TASKS)
         by_index = dict(zip(table["task_index"].to_pylist(), table[column].to_pylist(), strict=True))
         return [by_index.get(i, "") for i in range(max(by_index, default=-1) + 1)]
 
@@ -166,8 +177,10 @@ class LeRobotReader:
         for path in sorted((self.directory / "meta" / "episodes").glob("*/*.parquet")):
             table = _table(path)
             table = table.select([name for name in table.column_names if not name.startswith("stats/")])
-            if missing := {"episode_index", "length", "data/chunk_index", "data/file_index"} - set(table.column_names):
-                raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
+            needed = ["data/chunk_index", "data/file_index", "episode_index", "length"]
+            if missing := [name for name in needed if name not in table.column_names]:
+                raise DatasetError(f"{path} has no column {', '.join(missing)}")
+            _require_integers(table, needed, path)
             found.update({row["episode_index"]: row for row in table.to_pylist()})
         # What is beyond the total was being added when its writer ended.
         counted = {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
@@ -191,13 +204,17 @@ class LeRobotReader:
         return self.directory / name
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: list[str], images: set[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
                 raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
             for batch in file.iter_batches(batch_size=ROWS, columns=columns):
                 batch.validate(full=True)
+                _require_integers(batch, ["episode_index", "task_index"], path)
+                for name in images:
+                    if not pa.types.is_struct(batch.column(name).type):
+                        raise DatasetError(f"{path}: {name} is {batch.column(name).type}, and no files of images")
                 yield batch
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
@@ -219,6 +236,13 @@ def _numbers(table: pa.Table, name: str, episode: int) -> NDArray[Any]:
     if values.dtype.kind not in "fiub":
         raise DatasetError(f"episode {episode}: {name} has values that are missing or no numbers")
     return values
+
+
+def _require_integers(table: pa.Table | pa.RecordBatch, names: Sequence[str], path: Path) -> None:
+    for name in names:
+        column = table.column(name)
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise DatasetError(f"{path}: {name} has values that are missing or no integers")
 
 
 def _table(path: Path) -> pa.Table:

@@ -397,12 +397,23 @@ def test_a_dataset_that_lacks_episodes_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "demos").exists()
 
 
+ONE_IMAGE = {"bytes": encoded(picture(0, 16, 24), False), "path": None}
+
+
 @pytest.mark.parametrize(
     ("file", "column", "values", "message"),
     [
         ("data", "action", None, "has no column action"),
         ("data", "action", [[1.0, 2.0]] * 11 + [[1.0]], "rows of action have several sizes"),
         ("data", "action", [None] * 12, "action has values that are missing"),
+        ("data", "action", [[1.0]] * 12, r"action of episode 0 has rows of shape \[1\], meta/info.json says \[2\]"),
+        ("data", "observation.images.front", [None] * 12, "front is null, and no files of images"),
+        ("data", "observation.images.front", [ONE_IMAGE, *[None] * 11], "front of frame 1 is not in the data file"),
+        ("data", "observation.images.front", [b"PNG"] * 12, "front is binary, and no files of images"),
+        ("data", "episode_index", [None, *[0] * 11], "episode_index has values that are missing or no integers"),
+        ("data", "task_index", ["0"] * 12, "task_index has values that are missing or no integers"),
+        ("meta/episodes", "data/chunk_index", [None, 0], "data/chunk_index has values that are missing or no integ"),
+        ("meta/tasks", "task_index", ["0"], "task_index has values that are missing or no integers"),
         ("data", "task_index", [3] * 12, "episode 0 has a task_index without a text"),
         ("data", "observation.images.front", [{"bytes": b"PNG", "path": None}] * 12, "3 bytes are not an image"),
         ("data", "observation.images.front", [{"bytes": None, "path": "x.png"}] * 12, "is not in the data file"),
