@@ -222,6 +222,12 @@ def test_images_are_resized_where_that_is_asked_for(tmp_path: Path) -> None:
     dataset, small = made(tmp_path / "theirs", jpeg=True), replace(SPEC, cameras=(CameraSpec("eye", 8, 8),))
     with pytest.raises(ConfigError, match=r"cameras\.eye: .* is 16 x 24 x 3 and the camera of fake 8 x 8 x 3"):
         imported(dataset, tmp_path / "demos", MAPPED, small)
+    # The description says the camera's own size, the images have another.
+    features = json.loads((dataset / "meta/info.json").read_text())["features"]
+    features["observation.images.front"]["shape"] = [3, 8, 8]
+    rewrite_info(dataset, features=features)
+    with pytest.raises(DatasetError, match="images of camera eye are 16 x 24, not 8 x 8 as the dataset says"):
+        imported(dataset, tmp_path / "demos", MAPPED, small)
     imported(dataset, tmp_path / "demos", replace(MAPPED, resize=True), small)
     image = demos_in(tmp_path / "demos")[0].decisions[3].observation.images["eye"]
     blocks = picture(3, 16, 24).reshape(8, 2, 8, 3, 3).mean((1, 3))
