@@ -75,14 +75,16 @@ def import_demos(
             seeds[row.task] = max(seeds.get(row.task, first_seed), row.seed + 1)
         counts = dict.fromkeys(mapped.tasks.values(), 0)
         for row in demos:
-            counts[row.task] = counts.get(row.task, 0) + 1
+            counts[row.task] = counts.get(row.task, 0) + (not row.deleted)
         written = there = failures = 0
         for done, episode in enumerate(_episodes(dataset, mapped, list(mapped.cameras.values())), 1):
             if stopped():
                 break
             name = _identity(episode, mapped)
-            while (stored := index.get(name)) is not None and stored.status == "aborted" and not stored.labelled_by:
-                # An import was killed in it. Its id is taken, so what takes its place has the next one.
+            while (stored := index.get(name)) is not None and (
+                stored.deleted or (stored.status == "aborted" and not stored.labelled_by)
+            ):
+                # An import was killed in it, or its file is gone. Its id is taken: what takes its place has the next.
                 name = hashlib.sha256(name.encode()).hexdigest()[: len(name)]
             if _failed(episode):
                 failures += 1

@@ -115,6 +115,18 @@ def test_an_episode_in_which_an_import_was_killed_is_imported(tmp_path: Path) ->
     assert statuses == ["aborted", "success", "success", "success"]
 
 
+def test_a_demonstration_whose_file_is_gone_is_imported_again(tmp_path: Path) -> None:
+    dataset, demos = exported(log_of(tmp_path / "log", 5), tmp_path / "out"), tmp_path / "demos"
+    assert imported(dataset, demos).written == 3
+    gone, damaged, _ = (demos / "done" / row.file for row in EpisodeIndex(demos).after(0))
+    gone.unlink()
+    assert imported(dataset, demos) == Imported(written=1, there=2, failures=2, tasks={"t": 3})
+    assert imported(dataset, demos) == Imported(written=0, there=3, failures=2, tasks={"t": 3})
+    damaged.unlink()
+    polls = iter([True])
+    assert imported(dataset, demos, stopped=lambda: next(polls)).tasks == {"t": 2}
+
+
 def made(
     path: Path, frames: int = 6, episodes: int = 2, video: bool = False, fps: int = 10, jpeg: bool = False
 ) -> Path:
