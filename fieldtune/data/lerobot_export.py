@@ -48,7 +48,7 @@ class LeRobotExport:
         begun = directory / BEGUN
         if not begun.exists() and (directory / layout.INFO).exists():
             raise DatasetError(f"{directory} has a dataset that was not exported by fieldtune; choose another --out")
-        self._info: dict[str, Any] | None = msgspec.json.decode(begun.read_bytes()) if begun.exists() else None
+        self._info: dict[str, Any] | None = _begun(begun) if begun.exists() else None
         rows_there = "decisions" if self._info and layout.EXECUTED in self._info["features"] else "steps"
         if self._info is not None and rows_there != frames:
             raise DatasetError(
@@ -196,11 +196,24 @@ class LeRobotExport:
             self._stats[name] = join(self._stats[name], own) if name in self._stats else own
 
 
+def _begun(path: Path) -> dict[str, Any]:
+    try:
+        return dict(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} is damaged ({error}); choose another --out") from error
+
+
 def _rows(directory: Path) -> Iterator[dict[str, Any]]:
     """The rows of the episodes that are there, in order."""
     number = 0
     while (path := directory / layout.EPISODES.format(**layout.place(number))).exists():
-        yield pq.read_table(path).to_pylist()[0]
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            raise DatasetError(f"{path} is damaged ({error}); choose another --out") from error
+        if len(rows) != 1 or rows[0].get("episode") is None:
+            raise DatasetError(f"{path} has episodes that others have added to the dataset; choose another --out")
+        yield rows[0]
         number += 1
 
 

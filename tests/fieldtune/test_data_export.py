@@ -352,10 +352,22 @@ def test_what_does_not_fit_the_dataset_is_refused(tmp_path: Path) -> None:
     to_lerobot(log, tmp_path / "chunks", "decisions")
     with pytest.raises(DatasetError, match=r"has rows that are decisions, not steps.* or --frames decisions"):
         to_lerobot(log, tmp_path / "chunks")
+    added = out / "meta/episodes/chunk-000/file-001.parquet"
+    theirs = pq.read_table(out / "meta/episodes/chunk-000/file-000.parquet").drop_columns(["episode", "success"])
+    pq.write_table(theirs, added)
+    with pytest.raises(DatasetError, match=r"file-001\.parquet has episodes that others have added to the dataset"):
+        to_lerobot(log, out)
+    added.write_bytes(b"torn")
+    with pytest.raises(DatasetError, match=r"file-001\.parquet is damaged \(.*\); choose another --out"):
+        to_lerobot(log, out)
+    added.unlink()
     held = LeRobotExport(out, "steps")
     with pytest.raises(DatasetError, match="another process"):
         LeRobotExport(out, "steps")
     held.close()
+    (out / "meta/fieldtune.json").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"fieldtune\.json is damaged"):
+        LeRobotExport(out, "steps")
     (out / "meta/fieldtune.json").unlink()
     with pytest.raises(DatasetError, match="not exported by fieldtune"):
         LeRobotExport(out, "steps")
