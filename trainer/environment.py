@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -26,12 +28,12 @@ class Environment(Struct, frozen=True):
 def this_environment() -> Environment:
     """The libraries of this installation and this computer; `cores` are those that this process may use."""
     return Environment(
-        libraries={name: found for name in LIBRARIES if (found := _library(name))},
+        libraries=installed(LIBRARIES),
         computer={
             "python": platform.python_version(),
             "system": platform.system(),
             "cores": str(usable_cores()),
-            "processor": _processor(),
+            "processor": processor(),
         },
     )
 
@@ -70,14 +72,16 @@ def load_environment(run: RunDir) -> Environment | None:
     return msgspec.json.decode(run.environment.read_bytes(), type=Environment)
 
 
-def _library(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Version by name, of those of these packages that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name: Linux says it in /proc alone."""
     information = Path("/proc/cpuinfo")
     if information.exists():

@@ -7,7 +7,6 @@ in the same way on other tasks. See `trainer.supervised` for the loss.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 from trainer.demos import demo_rows
+from trainer.environment import installed
 from trainer.export import Exporter, become, probe_prefixes
 from trainer.samples import CloningSamples, cloning_samples, wordings
 from trainer.supervised import Dataset, SFTError, Training, gather
@@ -105,7 +105,7 @@ def run_sft(
         "seed": seed,
         "loss": loss,
         "settings": msgspec.to_builtins(config.sft),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": installed(LIBRARIES),
     }
     probe = _probe(data, config.vla.prefix_steps)
     version = Exporter(vla, tokenizer, probe).publish(run.policies, parent="", made=made)

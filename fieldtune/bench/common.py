@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -34,8 +33,8 @@ from runtime.schedule import Training
 from runtime.server import LivePolicy, PolicyServer
 from runtime.spawn import SPAWN, end, spawn
 from runtime.swap import Live
+from trainer.environment import LIBRARIES, installed, processor, usable_cores
 
-PACKAGES = ("fieldtune", "numpy", "pyzmq", "msgspec", "onnxruntime", "torch", "mujoco", "metaworld")
 START_S = 60.0
 STOP_S = 15.0
 
@@ -93,32 +92,14 @@ class Result(Struct, frozen=True):
 def machine() -> dict[str, Any]:
     """This computer and what runs on it, so that figures can be compared."""
     return {
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": processor(),
+        "cores": usable_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
+        "packages": installed(LIBRARIES),
         "commit": commit(),
     }
-
-
-def cpu_model() -> str:
-    """The processor's name as the kernel gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def package_version(name: str) -> str:
-    """The installed version; empty if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def commit() -> str:

@@ -11,13 +11,12 @@ import tyro
 from bridge.backends import make_backend
 from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, progress_bar, run_dir
-from fieldtune.commands.episodes import Log, find_file, log_directory
+from fieldtune.commands.episodes import Log, log_directory, read_found
 from fieldtune.data.export import Target, Wanted, export
 from fieldtune.data.frames import Frames
 from fieldtune.deployment import load_deployment
 from runtime.episode import End
 from runtime.index import EpisodeIndex
-from runtime.reading import read_episode
 from runtime.supervisor import stop_on_signals
 
 LEFT_OUT_SHOWN = 5
@@ -166,5 +165,5 @@ def view_episode(
     """
     from fieldtune.data.rerun_view import view
 
-    view(read_episode(find_file(run_dir(load_deployment(config, overrides)), episode, log)))
+    view(read_found(run_dir(load_deployment(config, overrides)), episode, log))
     return 0

@@ -14,10 +14,10 @@ from bridge.errors import FieldtuneError
 from bridge.messages import RULES
 from fieldtune.commands.common import Config, Json, Set, account, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
-from runtime.episode import Decision, End, Label
+from runtime.episode import Decision, End, Episode, Label
 from runtime.episode_file import SUFFIX
 from runtime.index import EpisodeIndex, EpisodeRow
-from runtime.reading import read_episode
+from runtime.reading import read_episode, read_row
 from runtime.rundir import RunDir
 
 Log = Annotated[
@@ -199,9 +199,9 @@ def find_episode(index: EpisodeIndex, episode: str) -> EpisodeRow:
     return row
 
 
-def find_file(run: RunDir, episode: str, log: Log) -> Path:
-    """The file of an episode, by its whole id or the path of the file itself."""
+def read_found(run: RunDir, episode: str, log: Log) -> Episode:
+    """An episode by its whole id, as it counts, or by the path of its file, which knows of no label."""
     if episode.endswith(SUFFIX):
-        return Path(episode)
+        return read_episode(Path(episode))
     index = EpisodeIndex(log_directory(run, log))
-    return index.path(find_episode(index, episode))
+    return read_row(index, find_episode(index, episode))

@@ -12,13 +12,12 @@ from rich.table import Column
 from bridge.backend import ActionSpec
 from bridge.errors import FieldtuneError
 from fieldtune.commands.common import Config, Json, Set, err, list_table, out, print_json, run_dir
-from fieldtune.commands.episodes import Log, find_file
+from fieldtune.commands.episodes import Log, read_found
 from fieldtune.deployment import load_deployment
 from fieldtune.install import find_version
 from runtime.decide_again import Again, Difference, decide_again, difference, largest
 from runtime.episode import Episode
 from runtime.policy import Policy
-from runtime.reading import read_episode
 from runtime.rundir import RunDir
 
 
@@ -53,7 +52,7 @@ def replay_episode(
     """
     deployment = load_deployment(config, overrides)
     run = run_dir(deployment)
-    whole = read_episode(find_file(run, episode, log))
+    whole = read_found(run, episode, log)
     other = None if policy is None else Policy.load(run.policies / find_version(deployment, policy))
     acted = _by_those_who_acted(run, whole)
     if other is None and not any(acted):

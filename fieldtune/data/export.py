@@ -97,7 +97,7 @@ def export(
                     else:
                         left_out[row.episode] = "nothing was executed in it"
                 except (EpisodeError, FramesError) as error:
-                    # Damaged, or deleted by retention meanwhile.
+                    # Damaged, deleted by retention meanwhile, or of another backend than the rest.
                     left_out[row.episode] = str(error)
             done += 1
             progress(done, total)

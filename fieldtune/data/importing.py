@@ -75,14 +75,16 @@ def import_demos(
             seeds[row.task] = max(seeds.get(row.task, first_seed), row.seed + 1)
         counts = dict.fromkeys(mapped.tasks.values(), 0)
         for row in demos:
-            counts[row.task] = counts.get(row.task, 0) + 1
+            counts[row.task] = counts.get(row.task, 0) + (not row.deleted)
         written = there = failures = 0
         for done, episode in enumerate(_episodes(dataset, mapped, list(mapped.cameras.values())), 1):
             if stopped():
                 break
             name = _identity(episode, mapped)
-            while (stored := index.get(name)) is not None and stored.status == "aborted" and not stored.labelled_by:
-                # An import was killed in it. Its id is taken, so what takes its place has the next one.
+            while (stored := index.get(name)) is not None and (
+                stored.deleted or (stored.status == "aborted" and not stored.labelled_by)
+            ):
+                # An import was killed in it, or its file is gone. Its id is taken: what takes its place has the next.
                 name = hashlib.sha256(name.encode()).hexdigest()[: len(name)]
             if _failed(episode):
                 failures += 1
@@ -90,7 +92,7 @@ def import_demos(
                 there += 1
             else:
                 task = mapped.tasks[episode.text]
-                store(log, _demonstration(episode, name, task, seeds[task], mapped, spec))
+                store(log, _demonstration(episode, name, task, seeds[task], mapped, spec, config.resize))
                 seeds[task] += 1
                 counts[task] += 1
                 written += 1
@@ -131,7 +133,7 @@ def _identity(episode: DatasetEpisode, mapped: DatasetMap) -> str:
 
 
 def _demonstration(
-    episode: DatasetEpisode, name: str, task: str, seed: int, mapped: DatasetMap, spec: BackendSpec
+    episode: DatasetEpisode, name: str, task: str, seed: int, mapped: DatasetMap, spec: BackendSpec, resize: bool
 ) -> Demonstration:
     """A dataset's episode as the log has it."""
     where = f"episode {episode.number}"
@@ -141,7 +143,8 @@ def _demonstration(
     held = np.zeros(len(episode), bool) if observed is None else ~observed.astype(bool).reshape(-1)
     starts = [0, *(i for i in range(1, len(episode)) if not held[i]), len(episode)]
     images = {
-        camera.name: _sized(episode.images(mapped.cameras[camera.name]), camera, where) for camera in spec.cameras
+        camera.name: _sized(episode.images(mapped.cameras[camera.name]), camera, resize, where)
+        for camera in spec.cameras
     }
     records: list[DecisionRecord | ExecutedRecord] = []
     for start, end in itertools.pairwise(starts):
@@ -172,12 +175,17 @@ def _demonstration(
     return Demonstration(begun, records, EndRecord(status="success", steps=len(episode), reason="", tensors={}))
 
 
-def _sized(images: Iterator[UInt8], camera: CameraSpec, where: str) -> Iterator[UInt8]:
-    """The images in the camera's size; that they may be resized was decided when the dataset was mapped."""
+def _sized(images: Iterator[UInt8], camera: CameraSpec, resize: bool, where: str) -> Iterator[UInt8]:
+    """The images in the camera's size. The dataset was asked for theirs when it was mapped; here is what they have."""
     resizer: Resizer | None = None
     size: tuple[int, int] | None = None
     for image in images:
         found = (image.shape[0], image.shape[1])
+        if found != (camera.height, camera.width) and not resize:
+            raise DatasetError(
+                f"{where}: images of camera {camera.name} are {found[0]} x {found[1]}, not {camera.height} x "
+                f"{camera.width} as the dataset says; dataset.resize: true resizes them"
+            )
         if resizer is None:
             resizer, size = Resizer(found, (camera.height, camera.width)), found
         elif found != size:

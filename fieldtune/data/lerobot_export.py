@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from bridge.backend import Observation
 from fieldtune.data import lerobot_layout as layout
-from fieldtune.data.frames import Frames, Rows, rows_of
+from fieldtune.data.frames import Frames, FramesError, Rows, rows_of
 from fieldtune.data.lerobot_layout import DatasetError
 from fieldtune.data.lerobot_tables import data_schema, tasks_table
 from fieldtune.data.png import encode_png
@@ -48,7 +48,13 @@ class LeRobotExport:
         begun = directory / BEGUN
         if not begun.exists() and (directory / layout.INFO).exists():
             raise DatasetError(f"{directory} has a dataset that was not exported by fieldtune; choose another --out")
-        self._info: dict[str, Any] | None = msgspec.json.decode(begun.read_bytes()) if begun.exists() else None
+        self._info: dict[str, Any] | None = _begun(begun) if begun.exists() else None
+        rows_there = "decisions" if self._info and layout.EXECUTED in self._info["features"] else "steps"
+        if self._info is not None and rows_there != frames:
+            raise DatasetError(
+                f"{directory} has rows that are {rows_there}, not {frames}; choose another --out, or "
+                f"--frames {rows_there}"
+            )
         self._episodes: set[str] = set()
         self._tasks: dict[str, int] = {}
         self._total_frames = 0
@@ -62,7 +68,8 @@ class LeRobotExport:
         return episode in self._episodes
 
     def add(self, row: EpisodeRow, episode: Episode) -> bool:
-        """Append an episode; False for one in which nothing was executed. Raises `FramesError`."""
+        """Append an episode; False for one in which nothing was executed. Raises `FramesError`, also for one of another
+        backend than those that are there."""
         rows = rows_of(episode, self._frames)
         if not len(rows):
             return False
@@ -74,12 +81,15 @@ class LeRobotExport:
             layout.IMAGE + camera.name: [o.images[camera.name] for o in rows.observation]
             for camera in episode.start.spec.cameras
         }
+        counted = columns
+        if rows.executed is not None and rows.executed.any():
+            counted = {**columns, layout.ACTION: rows.action[rows.executed]}  # without what only fills a chunk up
         stats = {
             **{
                 name: image_stats(_each_once(values)) | {"count": np.array([len(rows)])}
                 for name, values in images.items()
             },
-            **{name: column_stats(values) for name, values in columns.items() if isinstance(values, np.ndarray)},
+            **{name: column_stats(values) for name, values in counted.items() if isinstance(values, np.ndarray)},
         }
         self._write_data(at, columns, images)
         assert self._info is not None
@@ -128,14 +138,16 @@ class LeRobotExport:
         """Note what the dataset is, or check that the episode fits what was noted."""
         horizon = rows.action.shape[1] if self._frames == "decisions" else 1
         wanted = layout.info(episode.start.spec, self._frames, horizon)
+        if self._info is not None:
+            # Datasets that were begun by an earlier version do not say it.
+            self._info["features"][layout.ACTION].setdefault("kind", episode.start.spec.action.kind)
         if self._info is None:
             write_json(self.directory / BEGUN, wanted)
             self._info = wanted
         elif self._info != wanted:
-            raise DatasetError(
-                f"{self.directory} was begun with {_difference(self._info, wanted)} of "
-                f"episode {episode.start.episode}; one dataset has one backend, one size of chunk and one kind of "
-                "rows: choose another --out"
+            raise FramesError(
+                f"{self.directory} was begun with {_difference(self._info, wanted)} of this episode; one dataset has "
+                "one backend and one size of chunk: choose another --out for it, with --since, --version or --task"
             )
 
     def _columns(self, rows: Rows, number: int, task: int) -> dict[str, NDArray[Any] | Sequence[str]]:
@@ -144,7 +156,6 @@ class LeRobotExport:
         n = len(rows)
         index = np.arange(n)
         columns: dict[str, NDArray[Any] | Sequence[str]] = {
-            layout.STATE: np.stack([o.state for o in rows.observation]),
             layout.ACTION: rows.action,
             layout.REWARD: rows.reward,
             layout.DONE: index == n - 1,
@@ -157,6 +168,8 @@ class LeRobotExport:
             "index": index + self._total_frames,
             "task_index": np.full(n, task),
         }
+        if layout.STATE in self._info["features"]:
+            columns[layout.STATE] = np.stack([o.state for o in rows.observation])
         if layout.PRIVILEGED in self._info["features"]:
             columns[layout.PRIVILEGED] = np.stack([_privileged(o) for o in rows.observation])
         if rows.executed is not None:
@@ -165,11 +178,12 @@ class LeRobotExport:
 
     def _write_data(self, at: dict[str, int], columns: dict[str, Any], images: dict[str, list[Any]]) -> None:
         assert self._info is not None
-        values: dict[str, Any] = {name: _list(column) for name, column in columns.items()}
+        features = self._info["features"]
+        values: dict[str, Any] = {name: _list(column, features[name]["shape"]) for name, column in columns.items()}
         for name, own in images.items():
             encoded = {id(image): encode_png(image) for image in _each_once(own)}
             values[name] = [{"bytes": encoded[id(image)], "path": None} for image in own]
-        schema = data_schema(self._info["features"])
+        schema = data_schema(features)
         table = pa.table({name: values[name] for name in schema.names}, schema=schema)
         _write_table(self.directory / layout.DATA.format(**at), table)
 
@@ -182,11 +196,24 @@ class LeRobotExport:
             self._stats[name] = join(self._stats[name], own) if name in self._stats else own
 
 
+def _begun(path: Path) -> dict[str, Any]:
+    try:
+        return dict(msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} is damaged ({error}); choose another --out") from error
+
+
 def _rows(directory: Path) -> Iterator[dict[str, Any]]:
     """The rows of the episodes that are there, in order."""
     number = 0
     while (path := directory / layout.EPISODES.format(**layout.place(number))).exists():
-        yield pq.read_table(path).to_pylist()[0]
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except pa.ArrowException as error:
+            raise DatasetError(f"{path} is damaged ({error}); choose another --out") from error
+        if len(rows) != 1 or rows[0].get("episode") is None:
+            raise DatasetError(f"{path} has episodes that others have added to the dataset; choose another --out")
+        yield rows[0]
         number += 1
 
 
@@ -209,8 +236,12 @@ def _privileged(observation: Observation) -> NDArray[np.float32]:
     return observation.privileged
 
 
-def _list(column: NDArray[Any] | Sequence[str]) -> list[Any]:
-    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+def _list(column: NDArray[Any] | Sequence[str], shape: list[int]) -> list[Any]:
+    """What a column holds in its rows: where that is one element LeRobot has a plain number."""
+    if not isinstance(column, np.ndarray):
+        return list(column)
+    values: list[Any] = (column.reshape(-1) if shape == [1] else column).tolist()
+    return values
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

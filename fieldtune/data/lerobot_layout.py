@@ -54,6 +54,7 @@ class Feature(Struct):
     shape: list[int]
     names: Any = None
     units: list[str] | None = None
+    kind: str | None = None
 
     @property
     def is_image(self) -> bool:
@@ -93,8 +94,8 @@ def place(number: int) -> dict[str, int]:
 def features(spec: BackendSpec, frames: Frames, horizon: int) -> Features:
     """The columns of an export of this backend. `horizon` is the size of a chunk, for rows that are decisions.
 
-    `units` is ours: LeRobot has no place for them and ignores the key. Raises `DatasetError` for a camera that cannot
-    be the name of a column.
+    `units` and `kind` are ours: LeRobot has no place for them and ignores the keys. Raises `DatasetError` for a camera
+    that cannot be the name of a column.
     """
     for camera in spec.cameras:
         if "/" in camera.name:
@@ -106,7 +107,7 @@ def features(spec: BackendSpec, frames: Frames, horizon: int) -> Features:
     def vector(names: tuple[str, ...], units: tuple[str, ...]) -> dict[str, Any]:
         return {"dtype": "float32", "shape": [len(names)], "names": list(names), "units": list(units)}
 
-    action = vector(spec.action.names, spec.action.units)
+    action = {**vector(spec.action.names, spec.action.units), "kind": spec.action.kind}
     if frames == "decisions":
         action["shape"] = [horizon, *action["shape"]]
     own: Features = {
@@ -118,7 +119,7 @@ def features(spec: BackendSpec, frames: Frames, horizon: int) -> Features:
             }
             for camera in spec.cameras
         },
-        STATE: vector(spec.state.names, spec.state.units),
+        **({STATE: vector(spec.state.names, spec.state.units)} if spec.state.names else {}),
         ACTION: action,
         REWARD: number("float32"),
         DONE: number("bool"),

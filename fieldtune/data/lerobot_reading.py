@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from fieldtune.data.lerobot_layout import INFO, TASKS, DatasetError, Info
 from fieldtune.data.png import ImageError, decode_image
 
 ROWS = 64  # of a data file read at once
+INCOMPLETE = "is the dataset whole? Copy or download it again"
 
 
 class DatasetEpisode:
@@ -97,17 +100,26 @@ class LeRobotReader:
         rows = (
             batch
             for chunk, file in sorted(places)
-            for batch in _batches(self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted)
+            for batch in _batches(
+                self._path(self.info.data_path, chunk_index=chunk, file_index=file), wanted, set(stored)
+            )
         )
         pieces = (piece for batch in rows for piece in _by_episode(batch))
+        missing = set(self._meta)
         for number, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
             if number in self._meta:
+                missing.discard(number)
                 yield self._episode(number, pa.Table.from_batches([piece for _, piece in group]), stored)
+
+        if missing:
+            raise DatasetError(
+                f"{self.directory}: the data files have no frames of episode {min(missing)}; {INCOMPLETE}"
+            )
 
     def video(self, column: str, meta: Mapping[str, Any], frames: int) -> Iterator[UInt8]:
         """The images of an episode in a video."""
         for name in ("chunk_index", "file_index", "from_timestamp"):
-            if f"videos/{column}/{name}" not in meta:
+            if meta.get(f"videos/{column}/{name}") is None:
                 raise DatasetError(f"{self.directory}: the rows of episodes have no videos/{column}/{name}")
         at = {name: meta[f"videos/{column}/{name}"] for name in ("chunk_index", "file_index")}
         path = self._path(self.info.video_path, video_key=column, **at)
@@ -137,8 +149,15 @@ class LeRobotReader:
                 f"{self.directory}: episode {number} has {len(table)} frames, its row says "
                 f"{self._meta[number]['length']}"
             )
-        encoded = {name: [image["bytes"] for image in table[name].to_pylist()] for name in stored}
+        encoded = {name: [(image or {}).get("bytes") for image in table[name].to_pylist()] for name in stored}
         columns = {name: _numbers(table, name, number) for name in table.column_names if name not in stored}
+        for name, values in columns.items():
+            said = self.info.features[name].shape if name in self.info.features else [1]
+            if math.prod(values.shape[1:]) != math.prod(said):
+                raise DatasetError(
+                    f"{self.directory}: {name} of episode {number} has rows of shape {list(values.shape[1:])}, {INFO} "
+                    f"says {said}"
+                )
         if not 0 <= columns["task_index"].min() <= columns["task_index"].max() < len(self.texts):
             raise DatasetError(f"{self.directory}: episode {number} has a task_index without a text")
         return DatasetEpisode(self, number, columns, encoded)
@@ -149,6 +168,7 @@ class LeRobotReader:
         column = next((field.name for field in table.schema if field.type in texts), None)
         if column is None or "task_index" not in table.column_names:
             raise DatasetError(f"{self.directory / TASKS} has no texts, or no task_index")
+        _require_integers(table, ["task_index"], self.directory / TASKS)
         by_index = dict(zip(table["task_index"].to_pylist(), table[column].to_pylist(), strict=True))
         return [by_index.get(i, "") for i in range(max(by_index, default=-1) + 1)]
 
@@ -157,31 +177,44 @@ class LeRobotReader:
         for path in sorted((self.directory / "meta" / "episodes").glob("*/*.parquet")):
             table = _table(path)
             table = table.select([name for name in table.column_names if not name.startswith("stats/")])
-            if missing := {"episode_index", "length", "data/chunk_index", "data/file_index"} - set(table.column_names):
-                raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
+            needed = ["data/chunk_index", "data/file_index", "episode_index", "length"]
+            if missing := [name for name in needed if name not in table.column_names]:
+                raise DatasetError(f"{path} has no column {', '.join(missing)}")
+            _require_integers(table, needed, path)
             found.update({row["episode_index"]: row for row in table.to_pylist()})
         # What is beyond the total was being added when its writer ended.
-        return {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
+        counted = {number: found[number] for number in sorted(found) if number < self.info.total_episodes}
+        if len(counted) < self.info.total_episodes:
+            raise DatasetError(
+                f"{self.directory}: meta/episodes has {len(counted)} of the {self.info.total_episodes} episodes that "
+                f"{INFO} counts; {INCOMPLETE}"
+            )
+        return counted
 
     def _path(self, template: str | None, **at: Any) -> Path:
         if template is None:
             raise DatasetError(f"{self.directory / INFO}: video_path is missing")
         try:
-            path = (self.directory / template.format(**at)).resolve()
+            name = Path(os.path.normpath(template.format(**at)))
         except (LookupError, ValueError, AttributeError) as error:
             raise DatasetError(f"{self.directory / INFO}: {template} is no path") from error
-        if not path.is_relative_to(self.directory.resolve()):
+        # By its name alone: what huggingface_hub downloads are links to files that lie elsewhere in its cache.
+        if name.is_absolute() or name.parts[:1] == (os.pardir,) or "\0" in str(name):
             raise DatasetError(f"{self.directory / INFO}: {template} is outside of the dataset")
-        return path
+        return self.directory / name
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: list[str], images: set[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
                 raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
             for batch in file.iter_batches(batch_size=ROWS, columns=columns):
                 batch.validate(full=True)
+                _require_integers(batch, ["episode_index", "task_index"], path)
+                for name in images:
+                    if not pa.types.is_struct(batch.column(name).type):
+                        raise DatasetError(f"{path}: {name} is {batch.column(name).type}, and no files of images")
                 yield batch
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
@@ -203,6 +236,13 @@ def _numbers(table: pa.Table, name: str, episode: int) -> NDArray[Any]:
     if values.dtype.kind not in "fiub":
         raise DatasetError(f"episode {episode}: {name} has values that are missing or no numbers")
     return values
+
+
+def _require_integers(table: pa.Table | pa.RecordBatch, names: Sequence[str], path: Path) -> None:
+    for name in names:
+        column = table.column(name)
+        if not pa.types.is_integer(column.type) or column.null_count:
+            raise DatasetError(f"{path}: {name} has values that are missing or no integers")
 
 
 def _table(path: Path) -> pa.Table:

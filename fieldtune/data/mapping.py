@@ -62,7 +62,8 @@ class Vector:
             table[column].reshape(len(table[column]), -1)[:, position]
             for column, position in zip(self.columns, self.positions, strict=True)
         ]
-        values = np.stack(taken, 1) * self.scale + self.offset
+        rows = len(next(iter(table.values())))
+        values = (np.stack(taken, 1) if taken else np.zeros((rows, 0))) * self.scale + self.offset
         for element, (low, high) in self.changes.items():
             values[:, element] = changes(values[:, element], low, high)
         return values.astype(np.float32)
@@ -187,6 +188,10 @@ def _vector(
             if limits is None or limits.kind != "delta":
                 raise ConfigError(f"{where}.change: is for an action that says how far its goal moves (kind delta)")
             changing[i] = limits.low[i], limits.high[i]
+        wanted = None if limits is None else "absolute" if element.change else limits.kind
+        if wanted and features[column].kind == {"absolute": "delta", "delta": "absolute"}[wanted]:
+            mend = "; change: true makes moves of goals" if wanted == "delta" else ""
+            raise ConfigError(f"{where}: {element.take} is {features[column].kind}, not {wanted}{mend}")
         theirs = dict(enumerate(features[column].units or ())).get(position, unit)
         if theirs != unit and element == ElementConfig(element.take):
             raise ConfigError(f"{where}: {element.take} is in {theirs} and the backend's in {unit}; give a scale")

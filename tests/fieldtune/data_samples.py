@@ -33,7 +33,8 @@ def observation(number: int, spec: BackendSpec = SPEC) -> dict[str, Any]:
         f"image/{camera.name}": picture(number + 1000 * i, camera.height, camera.width)
         for i, camera in enumerate(spec.cameras)
     }
-    return {**images, "state": np.array([number, -number, 0.5], np.float32)}
+    seen = {**images, "state": np.array([number, -number, 0.5], np.float32)[: len(spec.state.names)]}
+    return seen if spec.privileged is None else {**seen, "privileged": np.zeros(len(spec.privileged.names), np.float32)}
 
 
 def sent(step: int) -> Any:
@@ -61,11 +62,11 @@ def log_episode(
         "explore": True, "client": "c", "spec": spec, "started_unix_s": 1000.0,
     }  # fmt: skip
     records: list[DecisionRecord | ExecutedRecord] = []
-    every = chunk - late
+    every, d = chunk - late, len(spec.action.names)
 
     def executed(number: int, first: int, start: int, k: int) -> ExecutedRecord:
         arrays = {
-            "sent": np.array([sent(first + start + i) for i in range(k)], np.float32).reshape(-1, 2),
+            "sent": np.array([sent(first + start + i)[:d] for i in range(k)], np.float32).reshape(-1, d),
             "reward": np.arange(first + start, first + start + k, dtype=np.float32),
         }
         return ExecutedRecord(decision=number, start=start, tensors=tensor_records(arrays))
@@ -74,7 +75,7 @@ def log_episode(
         step = (number - 1) * every
         tensors = {
             **observation(step, spec),
-            "actions": np.full((chunk, 2), 0.25, np.float32),
+            "actions": np.full((chunk, d), 0.25, np.float32),
             "log_prob": np.full(chunk, -number, np.float32),
         }
         version = versions[(number - 1) % len(versions)]

@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from mcap.reader import make_reader
 from msgspec.structs import replace
 
+from bridge.backend import ActionSpec, VectorSpec
 from fieldtune.cli import run
 from fieldtune.data.export import Exported, Wanted, export
 from fieldtune.data.frames import FramesError, rows_of
@@ -148,7 +149,9 @@ def test_a_dataset_holds_the_log(tmp_path: Path) -> None:
     assert features["observation.images.eye"] == {
         "dtype": "image", "shape": [8, 12, 3], "names": ["height", "width", "channels"],
     }  # fmt: skip
-    assert features["action"] == {"dtype": "float32", "shape": [2], "names": ["a", "b"], "units": ["m", "deg"]}
+    assert features["action"] == {
+        "dtype": "float32", "shape": [2], "names": ["a", "b"], "units": ["m", "deg"], "kind": "absolute",
+    }  # fmt: skip
     table = data(out, 1)
     assert set(table) == set(features)
     assert table["frame_index"] == list(range(STEPS)) and table["index"] == list(range(STEPS, 2 * STEPS))
@@ -200,6 +203,37 @@ def test_rows_may_be_decisions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.float32(table["action"][2])[1], sent(7))
 
 
+def test_statistics_of_chunks_are_those_of_what_was_sent(tmp_path: Path) -> None:
+    log, out = log_of(tmp_path / "log", 2, late=1), tmp_path / "out"
+    to_lerobot(log, out, "decisions")
+    whole = np.stack([sent(step) for step in range(8)]).astype(np.float64)
+    stats = load(out / "meta/stats.json")["action"]
+    assert stats["count"] == [16]
+    for name, wanted in (("mean", whole.mean(0)), ("std", whole.std(0)), ("min", whole.min(0)), ("max", whole.max(0))):
+        np.testing.assert_allclose(stats[name], wanted, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(stats["q90"], np.quantile(whole, 0.9, axis=0), rtol=1e-6)
+    assert meta(out, 1)["stats/action/count"] == [8] and meta(out, 1)["stats/executed/count"] == [3]
+
+
+def test_a_vector_of_one_element_is_a_column_of_numbers_and_one_of_none_is_no_column(tmp_path: Path) -> None:
+    one = ActionSpec(("a",), ("m",), (-1.0,), (1.0,), "absolute")
+    small = replace(SPEC, state=VectorSpec(("x",), ("m",)), action=one)
+    log = log_of(tmp_path / "log", 1, spec=replace(small, privileged=VectorSpec(("goal",), ("m",))))
+    to_lerobot(log, tmp_path / "out")
+    table = data(tmp_path / "out", 0)
+    np.testing.assert_array_equal(np.float32(table["action"]), [sent(step)[0] for step in range(STEPS)])
+    assert table["observation.state"] == [0.0] * 4 + [4.0] * 4 + [8.0] * 3 and table["privileged"] == [0.0] * STEPS
+    blind = replace(small, state=VectorSpec((), ()))
+    to_lerobot(log_of(tmp_path / "blind", 1, spec=blind), tmp_path / "no_state")
+    assert "observation.state" not in load(tmp_path / "no_state/meta/info.json")["features"]
+    for name, horizon in (("chunks", HORIZON), ("single", 1)):
+        short = log_of(tmp_path / name / "log", 1, spec=small, chunk=horizon)
+        to_lerobot(short, tmp_path / name / "out", "decisions")
+        table = data(tmp_path / name / "out", 0)
+        assert np.shape(table["action"])[1:] == (horizon, 1)
+        assert np.shape(table["executed"])[1:] == ((horizon,) if horizon > 1 else ())
+
+
 def test_only_wanted_episodes_are_exported(tmp_path: Path) -> None:
     log = EpisodeLog(tmp_path / "log")
     log_episode(log, "a", versions=("aaa",), started_unix_s=1.0)
@@ -243,6 +277,16 @@ def test_an_export_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
     assert to_lerobot(log, out).written == 0
 
 
+def test_an_export_that_did_not_say_the_kind_of_its_actions_goes_on(tmp_path: Path) -> None:
+    log, out = log_of(tmp_path / "log", 2), tmp_path / "out"
+    to_lerobot(log, out, wanted=Wanted(status=("success",)))
+    begun = load(out / "meta/fieldtune.json")
+    del begun["features"]["action"]["kind"]
+    (out / "meta/fieldtune.json").write_text(json.dumps(begun))
+    assert to_lerobot(log, out) == Exported(written=1, there=1, left_out={})
+    assert load(out / "meta/info.json")["features"]["action"]["kind"] == "absolute"
+
+
 def test_what_was_half_written_is_written_again(tmp_path: Path) -> None:
     log, out = log_of(tmp_path / "log", 3), tmp_path / "out"
     to_lerobot(log, out)
@@ -276,19 +320,54 @@ to_lerobot(Path({str(log)!r}), Path({str(out)!r}))
     assert [i for n in range(40) for i in data(out, n)["index"]] == list(range(40 * STEPS))
 
 
+def test_episodes_of_another_backend_are_left_out_by_name(tmp_path: Path) -> None:
+    log, out = EpisodeLog(tmp_path / "log"), tmp_path / "out"
+    log_episode(log, "first")
+    log_episode(log, "unit", spec=replace(SPEC, action=replace(SPEC.action, units=("m", "rad"))))
+    log_episode(log, "moves", spec=replace(SPEC, action=replace(SPEC.action, kind="delta")))
+    log_episode(log, "rate", spec=replace(SPEC, control_hz=20.0))
+    log_episode(log, "camera", spec=replace(SPEC, cameras=SPEC.cameras[:1]))
+    log_episode(log, "last")
+    log.close()
+    done = to_lerobot(tmp_path / "log", out)
+    assert done.written == 2 and list(done.left_out) == ["unit", "moves", "rate", "camera"]
+    assert "was begun with other columns (action) than those of this episode" in done.left_out["unit"]
+    assert "other columns (action)" in done.left_out["moves"]
+    assert "was begun with fps 10, not the 20 of this episode" in done.left_out["rate"]
+    assert "other columns (observation.images.wrist)" in done.left_out["camera"]
+    assert load(out / "meta/info.json")["total_episodes"] == 2 and meta(out, 1)["episode"] == "last"
+    log = EpisodeLog(tmp_path / "chunks")
+    log_episode(log, "long")
+    log_episode(log, "short", chunk=HORIZON - 1)
+    log.close()
+    assert list(to_lerobot(tmp_path / "chunks", tmp_path / "decisions", "decisions").left_out) == ["short"]
+
+
 def test_what_does_not_fit_the_dataset_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    to_lerobot(log_of(tmp_path / "log", 1), out)
-    more = log_of(tmp_path / "more", 2)
-    with pytest.raises(DatasetError, match=r"begun with fps 10, not the 2\.5 of episode e1"):
-        to_lerobot(more, out, "decisions")
-    other = replace(SPEC, action=replace(SPEC.action, units=("m", "rad")))
-    with pytest.raises(DatasetError, match=r"other columns \(action\)"):
-        to_lerobot(log_of(tmp_path / "other", 2, spec=other), out)
+    log = log_of(tmp_path / "log", 1)
+    to_lerobot(log, out)
+    with pytest.raises(DatasetError, match="has rows that are steps, not decisions; choose another --out"):
+        to_lerobot(log, out, "decisions")
+    to_lerobot(log, tmp_path / "chunks", "decisions")
+    with pytest.raises(DatasetError, match=r"has rows that are decisions, not steps.* or --frames decisions"):
+        to_lerobot(log, tmp_path / "chunks")
+    added = out / "meta/episodes/chunk-000/file-001.parquet"
+    theirs = pq.read_table(out / "meta/episodes/chunk-000/file-000.parquet").drop_columns(["episode", "success"])
+    pq.write_table(theirs, added)
+    with pytest.raises(DatasetError, match=r"file-001\.parquet has episodes that others have added to the dataset"):
+        to_lerobot(log, out)
+    added.write_bytes(b"torn")
+    with pytest.raises(DatasetError, match=r"file-001\.parquet is damaged \(.*\); choose another --out"):
+        to_lerobot(log, out)
+    added.unlink()
     held = LeRobotExport(out, "steps")
     with pytest.raises(DatasetError, match="another process"):
         LeRobotExport(out, "steps")
     held.close()
+    (out / "meta/fieldtune.json").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"fieldtune\.json is damaged"):
+        LeRobotExport(out, "steps")
     (out / "meta/fieldtune.json").unlink()
     with pytest.raises(DatasetError, match="not exported by fieldtune"):
         LeRobotExport(out, "steps")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from bridge.backend import CameraSpec
+from bridge.backend import ActionSpec, CameraSpec, VectorSpec
 from bridge.backends import make_backend
 from bridge.config import BackendConfig, ConfigError
 from fieldtune.cli import run
@@ -76,6 +76,18 @@ def test_what_was_exported_comes_back(tmp_path: Path) -> None:
         assert decision.log_prob is None
 
 
+def test_a_vector_of_one_element_or_none_comes_back(tmp_path: Path) -> None:
+    one = ActionSpec(("a",), ("m",), (-1.0,), (1.0,), "absolute")
+    for names in (("x",), ()):
+        small = replace(SPEC, state=VectorSpec(names, ("m",) * len(names)), action=one)
+        where = tmp_path / str(len(names))
+        dataset = exported(log_of(where / "log", 1, spec=small), where / "out")
+        assert imported(dataset, where / "demos", spec=small).written == 1
+        last = demos_in(where / "demos")[0].decisions[-1]
+        np.testing.assert_array_equal(last.observation.state, observation(8, small)["state"])
+        np.testing.assert_array_equal(last.sent, [sent(step)[:1] for step in (8, 9, 10)])
+
+
 def test_an_import_goes_on_and_writes_nothing_twice(tmp_path: Path) -> None:
     dataset, demos = exported(log_of(tmp_path / "log", 5), tmp_path / "out"), tmp_path / "demos"
     polls = iter([False, False, True])
@@ -101,6 +113,18 @@ def test_an_episode_in_which_an_import_was_killed_is_imported(tmp_path: Path) ->
     assert imported(dataset, demos).written == 0, "once"
     statuses = sorted(row.status for row in EpisodeIndex(demos).after(0))
     assert statuses == ["aborted", "success", "success", "success"]
+
+
+def test_a_demonstration_whose_file_is_gone_is_imported_again(tmp_path: Path) -> None:
+    dataset, demos = exported(log_of(tmp_path / "log", 5), tmp_path / "out"), tmp_path / "demos"
+    assert imported(dataset, demos).written == 3
+    gone, damaged, _ = (demos / "done" / row.file for row in EpisodeIndex(demos).after(0))
+    gone.unlink()
+    assert imported(dataset, demos) == Imported(written=1, there=2, failures=2, tasks={"t": 3})
+    assert imported(dataset, demos) == Imported(written=0, there=3, failures=2, tasks={"t": 3})
+    damaged.unlink()
+    polls = iter([True])
+    assert imported(dataset, demos, stopped=lambda: next(polls)).tasks == {"t": 2}
 
 
 def made(
@@ -197,9 +221,24 @@ def test_names_units_and_texts_are_mapped(video: bool, tmp_path: Path) -> None:
         np.testing.assert_array_equal(decision.observation.images["eye"], picture(i, 16, 24))
 
 
+def test_a_dataset_in_the_cache_of_a_download_is_links(tmp_path: Path) -> None:
+    dataset = made(tmp_path / "snapshots/main", video=True)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate([*dataset.rglob("*.parquet"), *dataset.rglob("*.mp4"), dataset / "meta/info.json"]):
+        path.rename(tmp_path / f"blobs/{i}")
+        path.symlink_to(tmp_path / f"blobs/{i}")
+    assert imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA).written == 2
+
+
 def test_images_are_resized_where_that_is_asked_for(tmp_path: Path) -> None:
     dataset, small = made(tmp_path / "theirs", jpeg=True), replace(SPEC, cameras=(CameraSpec("eye", 8, 8),))
     with pytest.raises(ConfigError, match=r"cameras\.eye: .* is 16 x 24 x 3 and the camera of fake 8 x 8 x 3"):
+        imported(dataset, tmp_path / "demos", MAPPED, small)
+    # The description says the camera's own size, the images have another.
+    features = json.loads((dataset / "meta/info.json").read_text())["features"]
+    features["observation.images.front"]["shape"] = [3, 8, 8]
+    rewrite_info(dataset, features=features)
+    with pytest.raises(DatasetError, match="images of camera eye are 16 x 24, not 8 x 8 as the dataset says"):
         imported(dataset, tmp_path / "demos", MAPPED, small)
     imported(dataset, tmp_path / "demos", replace(MAPPED, resize=True), small)
     image = demos_in(tmp_path / "demos")[0].decisions[3].observation.images["eye"]
@@ -296,6 +335,23 @@ def test_rates_and_units_must_agree(tmp_path: Path) -> None:
     map_dataset(info, ["go"], other, DatasetConfig(state={"z": ElementConfig("observation.state/z", scale=57.3)}))
 
 
+def test_goals_are_not_taken_for_moves_where_the_dataset_says_what_they_are(tmp_path: Path) -> None:
+    delta = replace(SPEC, action=replace(SPEC.action, kind="delta"))
+    goals, moves = (
+        LeRobotReader(exported(log_of(tmp_path / f"{i}log", 1, spec=spec), tmp_path / f"{i}")).info
+        for i, spec in enumerate((SPEC, delta))
+    )
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is absolute, not delta; change: true makes moves"):
+        map_dataset(goals, ["go"], delta, AS_NAMED)
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is delta, not absolute$"):
+        map_dataset(moves, ["go"], SPEC, AS_NAMED)
+    change = DatasetConfig(action={name: ElementConfig(f"action/{name}", change=True) for name in "ab"})
+    with pytest.raises(ConfigError, match=r"action\.a: action/a is delta, not absolute$"):
+        map_dataset(moves, ["go"], delta, change)
+    map_dataset(goals, ["go"], delta, change)
+    map_dataset(moves, ["go"], delta, AS_NAMED)
+
+
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="has no LeRobotDataset"):
         LeRobotReader(tmp_path)
@@ -303,9 +359,10 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     rewrite_info(dataset, codebase_version="v2.1")
     with pytest.raises(DatasetError, match=r"codebase_version is v2\.1"):
         LeRobotReader(dataset)
-    rewrite_info(dataset, codebase_version="v3.0", video_path="../../{video_key}")
-    with pytest.raises(DatasetError, match="outside of the dataset"):
-        imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
+    for outside in ("../../{video_key}", "videos/../../{video_key}", "/{video_key}", "..", "videos\0{video_key}"):
+        rewrite_info(dataset, codebase_version="v3.0", video_path=outside)
+        with pytest.raises(DatasetError, match="outside of the dataset"):
+            imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
     for wrong, message in [
         ("data/gone-{file_index}.parquet", r"gone-0\.parquet cannot be read"),
         ("{x}", "is no path"),
@@ -344,12 +401,37 @@ def test_a_file_that_is_cut_short_is_refused(file: str, share: float, tmp_path: 
         imported(dataset, tmp_path / "demos", MAPPED, ONE_CAMERA)
 
 
+def test_a_dataset_that_lacks_episodes_is_refused(tmp_path: Path) -> None:
+    dataset = exported(log_of(tmp_path / "log", 3), tmp_path / "out")
+    (dataset / "meta/episodes/chunk-000/file-000.parquet").unlink()
+    with pytest.raises(DatasetError, match=r"meta/episodes has 2 of the 3 episodes that meta/info\.json counts"):
+        imported(dataset, tmp_path / "demos")
+    for rows in (0, 6):
+        theirs = made(tmp_path / f"theirs{rows}")
+        path = theirs / "data/chunk-000/file-000.parquet"
+        pq.write_table(pq.read_table(path).slice(0, rows), path)
+        with pytest.raises(DatasetError, match=f"the data files have no frames of episode {rows // 6}"):
+            imported(theirs, tmp_path / "demos", MAPPED, ONE_CAMERA)
+    assert not (tmp_path / "demos").exists()
+
+
+ONE_IMAGE = {"bytes": encoded(picture(0, 16, 24), False), "path": None}
+
+
 @pytest.mark.parametrize(
     ("file", "column", "values", "message"),
     [
         ("data", "action", None, "has no column action"),
         ("data", "action", [[1.0, 2.0]] * 11 + [[1.0]], "rows of action have several sizes"),
         ("data", "action", [None] * 12, "action has values that are missing"),
+        ("data", "action", [[1.0]] * 12, r"action of episode 0 has rows of shape \[1\], meta/info.json says \[2\]"),
+        ("data", "observation.images.front", [None] * 12, "front is null, and no files of images"),
+        ("data", "observation.images.front", [ONE_IMAGE, *[None] * 11], "front of frame 1 is not in the data file"),
+        ("data", "observation.images.front", [b"PNG"] * 12, "front is binary, and no files of images"),
+        ("data", "episode_index", [None, *[0] * 11], "episode_index has values that are missing or no integers"),
+        ("data", "task_index", ["0"] * 12, "task_index has values that are missing or no integers"),
+        ("meta/episodes", "data/chunk_index", [None, 0], "data/chunk_index has values that are missing or no integ"),
+        ("meta/tasks", "task_index", ["0"], "task_index has values that are missing or no integers"),
         ("data", "task_index", [3] * 12, "episode 0 has a task_index without a text"),
         ("data", "observation.images.front", [{"bytes": b"PNG", "path": None}] * 12, "3 bytes are not an image"),
         ("data", "observation.images.front", [{"bytes": None, "path": "x.png"}] * 12, "is not in the data file"),

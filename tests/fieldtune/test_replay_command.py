@@ -62,6 +62,12 @@ def test_the_version_that_acted_and_another(
     printed = capsys.readouterr().out
     assert "by the version that acted: 2 of 2 decisions to the bit" in printed
     assert f"by {other[:8]} instead" in printed and printed.count(f" {acted[:8]} ") == 2
+    # As it counts, by its id; as it was written, by its file.
+    said = "failure" if episode.success else "success"
+    assert run(["episodes", "label", "made.yaml", name, said]) == 0
+    for which, status in ((name, said), (f"runs/made/episodes/done/{name}.ep", episode.status)):
+        assert run(["episodes", "replay", "made.yaml", which]) == 0
+        assert f": {status} after {episode.steps} steps" in capsys.readouterr().out
 
 
 def test_a_bundle_that_is_not_the_one_that_acted_is_found(

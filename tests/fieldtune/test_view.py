@@ -38,6 +38,10 @@ def test_the_viewer_is_given_the_episode(episode: str, monkeypatch: pytest.Monke
     assert [at for at, _ in logged["action/a"]] == [step / 10 for step in range(11)]
     np.testing.assert_array_equal([value for _, value in logged["action/b"]], [sent(step)[1] for step in range(11)])
     assert "success after 11 steps" in logged["episode"][0][1]
+    # As it counts: what somebody has said of it since is above what the robot said.
+    assert run(["episodes", "label", "mine.yaml", episode, "failure"]) == 0
+    assert run(["episodes", "view", "mine.yaml", episode]) == 0
+    assert "failure after 11 steps" in logged["episode"][1][1]
 
 
 def test_without_rerun_the_extra_is_named(
