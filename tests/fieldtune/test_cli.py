@@ -118,7 +118,7 @@ def test_an_unknown_option_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> N
     [
         ("trainer.ppo.learning_rate=1", "$.trainer.ppo.learning_rate", "known: gamma"),
         ("trainer.sft.stpes=1", "$.trainer.sft.stpes", "did you mean `steps`?"),
-        ("bridge.workers=0", "$.bridge.workers", "found 0"),
+        ("bridge.workers=-1", "$.bridge.workers", "found -1"),
         ("name=a/b", "$.name", "a/b"),
     ],
 )

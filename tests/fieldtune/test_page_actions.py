@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from fieldtune.page import actions, frame, robots, versions
 from fieldtune.page.view import RunView
 
 ENOUGH_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def modules() -> Iterator[None]:
+    """The simulation forgets the modules of the pages and all above them, which others would import a second time."""
+    before = dict(sys.modules)
+    yield
+    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.environment import CpuTime, cpu_time
+from trainer.environment import CpuTime, cpu_time, installed
 
 
 def test_idle_share_is_of_the_time_in_between() -> None:
@@ -24,3 +24,7 @@ def test_a_busy_loop_counts_as_busy() -> None:
     assert after is not None
     assert after.total - after.idle - (before.total - before.idle) >= 20  # hundredths of a second
     assert 0.0 <= after.idle_share_since(before) < 1.0
+
+
+def test_what_runs_from_its_source_alone_has_no_version() -> None:
+    assert list(installed(["numpy", "no-such-package"])) == ["numpy"]
