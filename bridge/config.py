@@ -89,6 +89,9 @@ class BridgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     delay_steps: Annotated[int, Meta(ge=0)] = 0
     """With `merge`, for simulators, whose time stands still while the policy thinks: a chunk counts as arrived so many
     environment steps after it was asked for, drawn anew for each from 0 to this. A robot's delay is what it is."""
+    wait_for_scene: bool = False
+    """For scenes that a person puts back: before each episode the robot waits, paused, until somebody resumes it. What
+    comes next stands in its state (docs/safety.md)."""
     request_timeout_s: Positive = 10.0
     """A reply that takes longer makes the bridge hold the robot, drop the episode and say hello again."""
     give_up_after_s: Positive = 60.0

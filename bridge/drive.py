@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from bridge.backend import Backend, BackendError
+from bridge.backend import Backend, BackendError, instruction_of
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig, ConfigError
 from bridge.control import EpisodeLoop, EpisodeReport
@@ -139,6 +139,12 @@ def drive(
                     continue
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
+                if config.wait_for_scene:
+                    settle(0)  # whoever puts the scene back wants to know how the last one went
+                    text = instruction_of(backend.spec, answer.task, answer.seed)
+                    warn(f"next is {answer.task} ({text}); p or resume once the scene is ready")
+                    if not guard.wait_for_scene(f"for the scene of {answer.task} ({text})", stopped):
+                        break
                 driving = True
                 result = EpisodeLoop(backend, client, welcome, answer, guard, stopped, config).run()
                 driving = False

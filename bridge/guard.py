@@ -23,6 +23,7 @@ from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
 
 SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
 PAUSED_HERE = "at the robot"
+LOOK_S = 0.05  # between two looks at whether somebody has said that the scene is ready
 T = TypeVar("T")
 
 
@@ -33,8 +34,8 @@ class StoppedError(FieldtuneError):
 class Guard:
     """Stands between one control loop and one backend. All methods may be called from any thread.
 
-    The loop calls `begin`, (`observe`, `waiting`, `check`, (`cut`, `apply`)*)*, `rest`; `tick` and `obey` are for the
-    guarding thread; `stop`, `pause`, `finish` for whoever hears the operator.
+    The loop calls `begin`, (`observe`, `waiting`, `check`, (`cut`, `apply`)*)*, `rest`, or `wait_for_scene` before all
+    that; `tick` and `obey` are for the guarding thread; `stop`, `pause`, `finish` for whoever hears the operator.
     """
 
     def __init__(
@@ -52,8 +53,6 @@ class Guard:
         self.stage = SafetyStage(backend, config, clock=clock)
         self.stopped = ""
         """Why the robot is stopped; empty if it is not."""
-        self.paused = False
-        """By the operator of the runtime, or by the one at this computer."""
         self.told_to_pause = False
         """By the operator of the runtime; another runtime takes that over."""
         self.ending: Ending = ""
@@ -72,6 +71,7 @@ class Guard:
         self._armed = False
         self._episode = ""
         self._paused_here = False
+        self._scene = ""  # what a person has to put back before the episode begins; empty if nobody is waited for
         self._loop_s = self._heard_s = 0.0
         self._doing = ""
 
@@ -87,6 +87,23 @@ class Guard:
             if not self.paced:
                 raise
             raise BackendError(f"{self._backend.spec.name}: {type(error).__name__}: {error}") from error
+
+    def wait_for_scene(self, what: str, leaving: Callable[[], bool]) -> bool:
+        """Pause before an episode, until a person has put the scene back for `what` and lets the robot go on; False if
+        the worker is `leaving`. Raises `StoppedError`.
+        """
+        with self._latch:
+            if self.stopped:
+                raise StoppedError(self.stopped)
+            self._halted, self._scene = "", what
+        try:
+            while self._scene and not leaving():
+                self._raise_if_halted()
+                time.sleep(LOOK_S)
+            self._raise_if_halted()
+            return not self._scene
+        finally:
+            self._scene = ""
 
     def begin(self, episode: str, reset: Callable[[], None], leaving: Callable[[], bool] = lambda: False) -> None:
         """Start an episode: `reset` brings the backend to its start. From then on the dead-man watches.
@@ -206,10 +223,16 @@ class Guard:
             self.stopped, self._armed = "", False
         self._tell("reset by the operator")
 
+    @property
+    def paused(self) -> bool:
+        """By the operator of the runtime, by the one at this computer, or for the scene."""
+        return bool(self._paused_here or self.told_to_pause or self._scene)
+
     def pause(self, paused: bool) -> None:
         """Hold the robot, or let it go on, as the operator at this computer wants."""
         self._paused_here = paused
-        self.paused = self._paused_here or self.told_to_pause
+        if not paused:
+            self._scene = ""
 
     def finish(self, ending: Ending) -> None:
         """End the running episode, if there is one, so. One that is being reset has not begun: what is said then is
@@ -229,7 +252,7 @@ class Guard:
         if self._resetting:
             return "resetting", ""
         if self.paused:
-            return "paused", "" if self.told_to_pause else PAUSED_HERE
+            return "paused", self._scene or ("" if self.told_to_pause else PAUSED_HERE)
         if self.holding:
             return "holding", self.holding
         return ("driving" if self._episode else "idle"), ""
@@ -244,7 +267,8 @@ class Guard:
         if orders.stopped:
             self.stop(orders.stopped)
         self.told_to_pause = orders.paused
-        self.paused = self._paused_here or self.told_to_pause
+        if orders.resume:
+            self._scene = ""
         if orders.end and orders.episode == self._episode:
             self.finish(orders.end)
 

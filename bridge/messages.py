@@ -221,13 +221,14 @@ class EpisodeStored(Message, frozen=True, tag="episode_stored"):
 class Orders(Message, frozen=True, tag="orders"):
     """What a bridge has to obey: the answer to `Watch`, and sent unasked (`request` 0) when the operator speaks.
 
-    `stopped` is why all robots are stopped; empty if they are not. `reset` lifts a stop. `end` is how the episode
-    `episode` is to end now; empty if it goes on.
+    `stopped` is why all robots are stopped; empty if they are not. `reset` lifts a stop. `resume` tells a robot that
+    waits for its scene that it is ready. `end` is how the episode `episode` is to end now; empty if it goes on.
     """
 
     stopped: str = ""
     reset: bool = False
     paused: bool = False
+    resume: bool = False
     episode: str = ""
     end: Ending = ""
 

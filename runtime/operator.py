@@ -82,7 +82,7 @@ class Operator:
 
     def operate(self, identity: bytes, message: Operate) -> None:
         """Pass an order on, then note it and answer."""
-        reset = message.command == "reset"
+        reset, resume = message.command == "reset", message.command == "resume"
         if message.command == "stop":
             self.stopped = message.why or "by the operator"
         elif reset:
@@ -95,11 +95,11 @@ class Operator:
             told = [robot for robot in told if self._is_in(robot, message.episode)]
         for robot in told:
             self._change(robot, message)
-            self._send(robot, reset=reset)
+            self._send(robot, reset=reset, resume=resume)
         if everybody and message.command in ("pause", "resume"):
             self._paused = message.command == "pause"
             self._paused_names.clear()
-        elif message.command == "resume":
+        elif resume:
             self._paused_names.discard(message.robot)
         if message.command == "stop":
             for session in self._sessions.by_id.values():
@@ -155,13 +155,14 @@ class Operator:
         opened = self._opened(robot)
         return opened is not None and (episode == opened.episode or (not episode and opened.started))
 
-    def _send(self, robot: Robot, *, request: int = 0, reset: bool = False) -> None:
+    def _send(self, robot: Robot, *, request: int = 0, reset: bool = False, resume: bool = False) -> None:
         opened = self._opened(robot)
         orders = Orders(
             request=request,
             stopped=self.stopped,
             reset=reset,
             paused=robot.paused,
+            resume=resume,
             episode=opened.episode if opened else "",
             end=opened.ending if opened else "",
         )

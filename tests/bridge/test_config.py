@@ -76,7 +76,7 @@ def test_the_ordinary_loader_is_left_as_it_was() -> None:
             "bridge: {safety: {low: {on: 1}}}",
             ["yaml: $.bridge.safety.low: Expected `str`", "as a key", "True"],
         ),
-        ("bridge: {workers: 0}", ["$.bridge.workers", "0", ">= 1"]),
+        ("bridge: {workers: -1}", ["$.bridge.workers", "-1", ">= 0"]),
         ("bridge: {horizon_steps: -5}", ["$.bridge.horizon_steps", "-5", ">= 1"]),
         ("bridge: {request_timeout_s: 0}", ["$.bridge.request_timeout_s", "0", "> 0"]),
         ("bridge: {give_up_after_s: -1.5}", ["$.bridge.give_up_after_s", "-1.5", "> 0"]),

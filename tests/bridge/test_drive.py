@@ -303,6 +303,35 @@ def test_a_paused_episode_can_be_ended_and_the_next_waits_until_the_robot_is_res
     until(lambda: worker.backend.calls.count("reset") == 2, "the next episode")
 
 
+def test_each_episode_waits_until_somebody_has_put_the_scene_back(serve: Any, work: Start, point: Backend) -> None:
+    serving = serve(horizon_steps=6, session_timeout_s=1.0)
+    operator = serving.client("operator")
+    worker = work(serving.endpoint, backend=WatchedRobot(point), wait_for_scene=True)
+
+    def waits() -> bool:
+        return bool(serving.status()["robots"]["worker"].startswith("paused: for the scene of reach (move the dot "))
+
+    until(lambda: bool(serving.status()["robots"]), "the robot to be known")
+    until(waits, "the robot to wait for the scene")
+    time.sleep(1.5)
+    assert serving.status()["sessions"] == 1 and "reset" not in worker.backend.calls, "it waits as long as it takes"
+    operator.request(Operate(command="resume"), Operated)
+    until(lambda: len(worker.reports) == 1, "the episode, told before the next one is waited for")
+    until(waits, "the robot to wait again")
+    assert worker.backend.calls.count("reset") == 1
+    worker.guard.pause(not worker.guard.paused)  # as the key p does
+    until(lambda: len(worker.reports) == 2, "the next episode")
+    until(waits, "the robot to wait again")
+    operator.request(Operate(command="stop"), Operated)
+    until(lambda: serving.status()["robots"]["worker"].startswith("stopped"), "the stop")
+    operator.request(Operate(command="resume"), Operated)
+    operator.request(Operate(command="reset"), Operated)
+    until(waits, "what was said while it was stopped to count for nothing")
+    worker.stop.set()
+    assert worker.join().episodes == 2 and worker.backend.calls.count("reset") == 2
+    assert set(serving.status()["episodes"]) <= {"success", "timeout"}, "an episode that has not begun is none"
+
+
 def test_a_runtime_that_gives_no_orders_gives_no_episode_either(
     serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
