@@ -261,8 +261,7 @@ def test_versions_are_rolled_back_by_who_confirms_it(scene: Scene, page: Any) ->
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="No").click()
     page.get_by_role("button", name="Promote").click()
-    page.get_by_role("button", name="Yes").click()
-    page.get_by_text("say which version").wait_for()
+    page.get_by_text("select a version").wait_for()
     assert rolled_back() == []
     page.get_by_role("button", name="Roll back").click()
     page.get_by_role("button", name="Yes").click()
