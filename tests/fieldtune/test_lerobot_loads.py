@@ -2,7 +2,7 @@
 
 It pins other versions than ours, so it lives in an environment of its own, which FIELDTUNE_LEROBOT_PYTHON names:
 
-    python -m venv lerobot && lerobot/bin/pip install 'lerobot==0.4.4'
+    python -m venv lerobot && lerobot/bin/pip install 'lerobot==0.4.4' 'numpy<2.3' onnx onnxscript
     FIELDTUNE_LEROBOT_PYTHON=lerobot/bin/python make test
 """
 
@@ -12,16 +12,21 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from data_samples import HORIZON, SPEC, log_of, observation, picture, sent
 
+from bridge.config import dump_yaml
 from fieldtune.data.export import Wanted, export
 from fieldtune.data.importing import import_demos
 from fieldtune.data.lerobot_export import LeRobotExport
 from fieldtune.data.lerobot_reading import LeRobotReader
 from fieldtune.data.mapping import DatasetConfig, ElementConfig
+from runtime.bundle import FORMAT, PolicySpec
 from runtime.index import EpisodeIndex
+from runtime.make_bundle import make_bundle
+from runtime.policy import Policy
 from runtime.reading import read_episode
 
 PYTHON = os.environ.get("FIELDTUNE_LEROBOT_PYTHON", "")
@@ -94,6 +99,37 @@ for _, batch in zip(range(3), torch.utils.data.DataLoader(data, batch_size=8, sh
     loss.backward(); optimizer.step(); optimizer.zero_grad()
     losses.append(loss.item())
 print(json.dumps({"losses": losses, "inputs": sorted(config.input_features), "outputs": sorted(output)}))
+"""
+
+# An ACT policy, made small and saved; what it gives by LeRobot's own way goes to a file.
+SAVE = """
+import json, sys
+import numpy as np
+import torch
+from lerobot.configs.types import FeatureType
+from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.utils import dataset_to_policy_features
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.act.processor_act import make_act_pre_post_processors
+root, out = sys.argv[1:]
+meta = LeRobotDatasetMetadata("local/x", root=root)
+features = dataset_to_policy_features(meta.features)
+output = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
+config = ACTConfig(
+    input_features={k: f for k, f in features.items() if k not in output}, output_features=output,
+    chunk_size=4, n_action_steps=4, dim_model=32, n_heads=2, dim_feedforward=32, n_encoder_layers=1,
+    pretrained_backbone_weights=None, device="cpu")
+policy = ACTPolicy(config).eval()
+policy.save_pretrained(out)
+before, after = make_act_pre_post_processors(config, dataset_stats=meta.stats)
+batch = torch.utils.data.default_collate([LeRobotDataset("local/x", root=root)[i] for i in (0, 5, 9)])
+with torch.no_grad():
+    chunk = after(policy.predict_action_chunk(before(batch)))
+np.savez(out + "/chunk.npz", chunk=chunk.numpy(), state=batch["observation.state"].numpy(), **{
+    key.removeprefix("observation.images."): np.rint(batch[key].numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    for key in config.image_features})
+print(json.dumps(sorted(config.image_features)))
 """
 
 # What lerobot itself records, appended to what we exported and alone.
@@ -215,3 +251,19 @@ def test_what_it_records_is_imported(kind: str, tmp_path: Path) -> None:
             # A video of lerobot's is lossy; shades are 40 apart.
             assert np.abs(image.astype(int) - (40 * i + 10)).max() <= (0 if kind == "image" else 6)
     assert picture(0).shape == second.decisions[0].observation.images["wrist"].shape
+
+
+def test_act_becomes_a_bundle_as_the_documentation_says(exported: Path, tmp_path: Path) -> None:
+    lerobot(SAVE, str(exported), str(tmp_path / "act"), tmp_path=tmp_path)
+    text = (Path(__file__).parents[2] / "docs/bundle.md").read_text()
+    (script,) = (block.split("```")[0] for block in text.split("```python\n")[1:] if "export_act.py" in block)
+    there = f"import os\nos.chdir({str(tmp_path)!r})\n{script}\nprint(0)"
+    lerobot(there, str(tmp_path / "act"), str(exported), "0.1", tmp_path=tmp_path)
+    spec = PolicySpec(FORMAT, "act", SPEC.cameras, SPEC.state, SPEC.action, SPEC.control_hz, horizon=4, tokens=0)
+    (tmp_path / "policy.yaml").write_text(dump_yaml(msgspec.to_builtins(spec)))
+    policy = Policy.load(tmp_path / make_bundle(tmp_path / "policy.onnx", tmp_path / "policy.yaml", None, tmp_path))
+    with np.load(tmp_path / "act/chunk.npz") as wanted:
+        images = {f"image/{camera.name}": wanted[camera.name] for camera in SPEC.cameras}
+        mean, log_std = policy.infer({**images, "state": wanted["state"]})
+        np.testing.assert_allclose(mean, wanted["chunk"], atol=1e-5)
+    np.testing.assert_allclose(log_std, np.log(0.1), rtol=1e-6)
