@@ -446,7 +446,9 @@ def test_what_a_runtime_has_not_judged_yet_is_not_made_live_beside_it(
     monkeypatch.setattr("fieldtune.commands.policies.JUDGED_S", 1e-4)
     registry = Registry(RunDir(served / "runs/point").registry)
     assert run(["policies", "add", "point", f"runs/point/policies/{registry.live()}"]) == 1
-    assert "no answer to Announce" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    # So short a time may be over before there is a connection.
+    assert "no answer to Announce" in said or "nobody listens there" in said
     assert all(change.why != "added by hand" for change in registry.history())
 
 
