@@ -12,7 +12,7 @@ from bridge.backend import Backend, BackendError, instruction_of
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig, ConfigError
 from bridge.control import EpisodeLoop, EpisodeReport
-from bridge.guard import Guard, StoppedError
+from bridge.guard import LOOK_S, Guard, StoppedError
 from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, Welcome, WireError
 from bridge.pacing import Ticks
 from bridge.watch import Watcher
@@ -22,7 +22,6 @@ RECOVERABLE = ("session", "episode", "replayed", "internal")
 MAX_FAILURES = 10  # in a row, before the worker leaves with the error: something is wrong that waiting does not mend
 MAX_FAULTS = 3  # in a row of a robot's backend, before it stays stopped until it is reset
 FAULT_PAUSE_S = 1.0  # before it is tried again
-LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 
 
 @dataclass(slots=True)
@@ -139,6 +138,8 @@ def drive(
                     continue
                 if not isinstance(answer, Assignment):
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
+                if answer.task not in backend.spec.instructions:
+                    raise WireError("task", f"{answer.task!r} is none of {', '.join(backend.spec.instructions)}")
                 if config.wait_for_scene:
                     settle(0)  # whoever puts the scene back wants to know how the last one went
                     text = instruction_of(backend.spec, answer.task, answer.seed)

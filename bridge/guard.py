@@ -23,7 +23,7 @@ from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
 
 SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
 PAUSED_HERE = "at the robot"
-LOOK_S = 0.05  # between two looks at whether somebody has said that the scene is ready
+LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 T = TypeVar("T")
 
 
@@ -89,19 +89,19 @@ class Guard:
             raise BackendError(f"{self._backend.spec.name}: {type(error).__name__}: {error}") from error
 
     def wait_for_scene(self, what: str, leaving: Callable[[], bool]) -> bool:
-        """Pause before an episode, until a person has put the scene back for `what` and lets the robot go on; False if
-        the worker is `leaving`. Raises `StoppedError`.
+        """Pause before an episode, until a person has put the scene back for `what` and lets the robot go on, and
+        nobody else has paused it; False if the worker is `leaving`. Raises `StoppedError`.
         """
         with self._latch:
             if self.stopped:
                 raise StoppedError(self.stopped)
             self._halted, self._scene = "", what
         try:
-            while self._scene and not leaving():
+            while self.paused and not leaving():
                 self._raise_if_halted()
                 time.sleep(LOOK_S)
             self._raise_if_halted()
-            return not self._scene
+            return not self.paused
         finally:
             self._scene = ""
 

@@ -17,7 +17,7 @@ from fieldtune.commands.common import Json, Set, list_table, out, print_json, wa
 from fieldtune.commands.evaluate import steps_text
 from fieldtune.commands.status import last_metrics
 from fieldtune.commands.up import Up, begun, deploy, evaluate_version_of, prepare
-from fieldtune.deployment import Deployment, load_deployment
+from fieldtune.deployment import Deployment, load_deployment, require_workers
 from runtime.branch import branch
 from runtime.durable import write_atomic, write_json
 from runtime.registry import Registry
@@ -85,6 +85,7 @@ def ablate(
     config = bases.pop()
     deployment = load_deployment(config, overrides)
     _check_budget(deployment)
+    require_workers(deployment, "an ablation")
     start = Up(deployment, config, overrides, stop_on_signals(), as_json)
     runs = {name: _child(start, name, ablation) for name, ablation in chosen.items()}  # all mistakes before any work
     rows = [_row_of_start(start)]

@@ -22,7 +22,7 @@ from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport
 from bridge.drive import MAX_FAILURES, DriveSummary, drive
 from bridge.guard import Guard
-from bridge.messages import Assignment, Operate, Operated
+from bridge.messages import Assignment, Operate, Operated, WireError
 
 ENOUGH_S = 60.0
 
@@ -322,14 +322,35 @@ def test_each_episode_waits_until_somebody_has_put_the_scene_back(serve: Any, wo
     worker.guard.pause(not worker.guard.paused)  # as the key p does
     until(lambda: len(worker.reports) == 2, "the next episode")
     until(waits, "the robot to wait again")
+    operator.request(Operate(command="pause"), Operated)
+    until(lambda: worker.guard.told_to_pause, "the operator's pause")
+    worker.guard.pause(False)
+    until(lambda: serving.status()["robots"]["worker"] == "paused", "the scene to be ready")
+    time.sleep(0.5)
+    assert worker.backend.calls.count("reset") == 2, "the operator has not resumed"
+    operator.request(Operate(command="resume"), Operated)
+    until(lambda: len(worker.reports) == 3, "the next episode")
+    until(waits, "the robot to wait again")
     operator.request(Operate(command="stop"), Operated)
     until(lambda: serving.status()["robots"]["worker"].startswith("stopped"), "the stop")
     operator.request(Operate(command="resume"), Operated)
     operator.request(Operate(command="reset"), Operated)
     until(waits, "what was said while it was stopped to count for nothing")
     worker.stop.set()
-    assert worker.join().episodes == 2 and worker.backend.calls.count("reset") == 2
+    assert worker.join().episodes == 3 and worker.backend.calls.count("reset") == 3
     assert set(serving.status()["episodes"]) <= {"success", "timeout"}, "an episode that has not begun is none"
+
+
+def test_an_episode_of_a_task_that_is_none_of_the_backends_moves_nothing(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving = serve()
+    monkeypatch.setattr(serving.server._rollouts._schedule, "next", lambda tasks: ("fly", 0))
+    monkeypatch.setattr("runtime.rollouts.instruction_of", lambda spec, task, seed: task)
+    worker = work(serving.endpoint, backend=WatchedRobot(point), wait_for_scene=True)
+    with pytest.raises(WireError, match="task: 'fly' is none of reach"):
+        worker.join()
+    assert "reset" not in worker.backend.calls
 
 
 def test_a_runtime_that_gives_no_orders_gives_no_episode_either(
