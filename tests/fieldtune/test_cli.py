@@ -213,7 +213,7 @@ def test_a_bundle_that_takes_long_to_load_is_announced_once(
     serve: Callable[..., Serving], fake_policy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fieldtune.commands.train.ANNOUNCE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("fieldtune.commands.train.ANNOUNCE_TIMEOUT_S", 3.0)
     warnings: list[str] = []
     monkeypatch.setattr("fieldtune.commands.train.warn", warnings.append)
     deployment = load_deployment("quickstart")
@@ -221,9 +221,11 @@ def test_a_bundle_that_takes_long_to_load_is_announced_once(
     version = "b" * 64
     registry.add(version, parent="", made={})
     loaded: list[str] = []
+    asked_whether_it_runs = threading.Event()
 
     def load(bundle: str) -> Any:
-        time.sleep(1.0)
+        # Until after the announcement has been given up: how long it takes does not depend on the machine.
+        assert asked_whether_it_runs.wait(30.0)
         loaded.append(bundle)
         registry.set_live(version, why="announced")
         return fake_policy(version=version)
@@ -231,6 +233,14 @@ def test_a_bundle_that_takes_long_to_load_is_announced_once(
     serving = serve(policy=fake_policy())
     serving.live.change = load
     deployment = load_deployment("quickstart", [f"bridge.endpoint={serving.endpoint}"])
+
+    def asked(deployment: Deployment, asked_s: float) -> bool:
+        try:
+            return runs_since(deployment, asked_s)
+        finally:
+            asked_whether_it_runs.set()
+
+    monkeypatch.setattr("fieldtune.commands.train.runs_since", asked)
     announce(deployment, Path(version))
     assert len(loaded) == 1 and warnings == []
     assert runs_since(deployment, time.monotonic())
