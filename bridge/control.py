@@ -298,10 +298,13 @@ class EpisodeLoop:
             played=played,
             reason=reason,
         )
-        return self.client.post(message, {**final, **report})
+        request = self.client.post(message, {**final, **report})
+        self.guard.ended = self.assignment.episode
+        return request
 
     def _give_up(self, reason: str) -> None:
         """Stop the robot; then tell the runtime why, and what was executed until then."""
+        self.guard.ended = ""
         self.guard.rest(stop=True)
         if self.asked is not None:
             self.client.forget(self.asked.request)

@@ -12,7 +12,8 @@ from bridge.backend import Backend, BackendError, instruction_of
 from bridge.client import PolicyClient, RefusedError, SilentError, retry_hello
 from bridge.config import BridgeConfig, ConfigError
 from bridge.control import EpisodeLoop, EpisodeReport
-from bridge.guard import LOOK_S, Guard, StoppedError
+from bridge.device import LOOK_S
+from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, EpisodeStored, NextEpisode, NoEpisode, Welcome, WireError
 from bridge.pacing import Ticks
 from bridge.watch import Watcher
@@ -140,11 +141,11 @@ def drive(
                     raise WireError("kind", f"NextEpisode was answered by {type(answer).__name__}")
                 if answer.task not in backend.spec.instructions:
                     raise WireError("task", f"{answer.task!r} is none of {', '.join(backend.spec.instructions)}")
-                if config.wait_for_scene:
+                if config.wait_for_scene and guard.ready_for != answer.task:
                     settle(0)  # whoever puts the scene back wants to know how the last one went
                     text = instruction_of(backend.spec, answer.task, answer.seed)
                     warn(f"next is {answer.task} ({text}); p or resume once the scene is ready")
-                    if not guard.wait_for_scene(f"for the scene of {answer.task} ({text})", stopped):
+                    if not guard.wait_for_scene(answer.task, text, stopped):
                         break
                 driving = True
                 result = EpisodeLoop(backend, client, welcome, answer, guard, stopped, config).run()
@@ -196,8 +197,5 @@ def drive(
     finally:
         summary.drive_s = time.monotonic() - started_s
         watcher.close()
-        try:
-            backend.stop()
-        finally:
-            backend.close()
+        guard.leave()
     return summary

@@ -1,8 +1,8 @@
 """The guard: the only way from the control loop to the backend, the dead-man, the latched stop, the operator's wishes.
 
 `bridge.watch` has the thread that calls `tick` and brings the runtime's orders. It must be able to stop a robot whose
-loop hangs, so each call of the backend in an episode is made under one lock; a stop waits for that lock for half a
-control period and then stops without it. The guarding thread itself makes no call but that of `stop`.
+loop hangs, so `bridge.device` lets one in at a time in an episode, and a stop does not wait long for whoever is inside.
+The guarding thread waits for no call of the backend, but for `stop` for a second.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 
 from bridge.backend import Backend, BackendError, Float32, Observation, Outcome, UInt8
 from bridge.config import SafetyConfig
+from bridge.device import LOOK_S, Device
 from bridge.errors import FieldtuneError
 from bridge.messages import Ending, Orders, RobotState
 from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
 
 SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
 PAUSED_HERE = "at the robot"
-LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 T = TypeVar("T")
 
 
@@ -59,9 +59,13 @@ class Guard:
         """How the operator wants the running episode to end."""
         self.holding = ""
         """Why the dead-man holds the robot; empty if it does not."""
+        self.ready_for = ""
+        """The task whose scene a person has put back; empty once something was played in it."""
+        self.ended = ""
+        """The episode that has ended last, for whoever judges it afterwards; empty if it was given up."""
         self.clock = clock
         self._backend, self._warn = backend, warn
-        self._device = threading.Lock()
+        self._device = Device(backend, self.check_running)
         self._latch = threading.Lock()
         self._safe = True  # whether the backend's stop() has returned since the robot was stopped
         self._why_not_safe = ""
@@ -88,19 +92,20 @@ class Guard:
                 raise
             raise BackendError(f"{self._backend.spec.name}: {type(error).__name__}: {error}") from error
 
-    def wait_for_scene(self, what: str, leaving: Callable[[], bool]) -> bool:
-        """Pause before an episode, until a person has put the scene back for `what` and lets the robot go on, and
+    def wait_for_scene(self, task: str, instruction: str, leaving: Callable[[], bool]) -> bool:
+        """Pause before an episode, until a person has put the scene back for `task` and lets the robot go on, and
         nobody else has paused it; False if the worker is `leaving`. Raises `StoppedError`.
         """
         with self._latch:
             if self.stopped:
                 raise StoppedError(self.stopped)
-            self._halted, self._scene = "", what
+            self._halted, self._scene = "", f"for the scene of {task} ({instruction})"
         try:
             while self.paused and not leaving():
-                self._raise_if_halted()
+                self.check_running()
                 time.sleep(LOOK_S)
-            self._raise_if_halted()
+            self.check_running()
+            self.ready_for = "" if self.paused else task
             return not self.paused
         finally:
             self._scene = ""
@@ -115,13 +120,14 @@ class Guard:
             if self.stopped:
                 raise StoppedError(self.stopped)
             self._halted, self._leaving = "", leaving
+            self._device.check_stop_returned()
             self._episode, self.ending, self.holding = episode, "", ""
             self._resetting = True
         try:
             self.call(reset)
         finally:
             self._resetting = False
-        self._raise_if_halted()
+        self.check_running()
         self.stage.restart()
         self._heard_s = self.clock()
         self._mark("starting the episode")
@@ -131,7 +137,7 @@ class Guard:
         """The backend's observation. Raises `StoppedError`."""
         self._mark("reading the observation")
         with self._device:
-            self._raise_if_halted()
+            self.check_running()
             return self.call(self._backend.observe)
 
     def waiting(self) -> None:
@@ -159,12 +165,13 @@ class Guard:
         """Send an action `[d]`: what was really sent, and the bit of a rule that changed it. Raises `StoppedError`."""
         self._mark("sending an action")
         with self._device:
-            self._raise_if_halted()
+            self.check_running()
+            self.ready_for = ""
             action, rule = self.call(self.stage.keep_inside, action)
             sent = np.asarray(self.call(self._backend.apply, action), np.float32)
             self.stage.sent(action)
         self._stop_again_if_halted()
-        self._raise_if_halted()
+        self.check_running()
         return sent, rule
 
     def outcome(self) -> Outcome:
@@ -176,10 +183,10 @@ class Guard:
         """Send the hold action in place of a chunk's: what was really sent. Raises `StoppedError`."""
         self._mark("holding")
         with self._device:
-            self._raise_if_halted()
+            self.check_running()
             sent = self._hold()
         self._stop_again_if_halted()
-        self._raise_if_halted()
+        self.check_running()
         return sent
 
     @property
@@ -189,7 +196,8 @@ class Guard:
 
     def check_running(self) -> None:
         """Raises `StoppedError` if the episode was stopped."""
-        self._raise_if_halted()
+        if self._halted:
+            raise StoppedError(self._halted)
 
     def rest(self, *, stop: bool) -> None:
         """The episode is over: the dead-man does not watch any more, and the backend is stopped if asked.
@@ -199,9 +207,16 @@ class Guard:
         self._armed, self._episode, self.ending, self.holding = False, "", "", ""
         if stop:
             try:
-                self._stop_backend()
+                self._device.stop()
             except Exception as error:  # noqa: BLE001 - a backend's own; the stop below goes on asking
                 self.stop(f"after its episode: {error}")
+
+    def leave(self) -> None:
+        """The worker leaves: the backend is stopped and closed, watched or not. Raises what they raise."""
+        try:
+            self._device.stop()
+        finally:
+            self._backend.close()
 
     # --- for the operator -----------------------------------------------------------------------------------------
 
@@ -212,6 +227,7 @@ class Guard:
                 return
             # Before anything else: from here on the loop sends nothing.
             self.stopped, self._halted, self._safe, self._why_not_safe = why, why, False, ""
+            self.ready_for = ""  # somebody may have been in it
             self._stop_latched()
         self._tell(f"stopped: {why}; `fieldtune operator CONFIG reset` lets it go on")
 
@@ -234,12 +250,14 @@ class Guard:
         if not paused:
             self._scene = ""
 
-    def finish(self, ending: Ending) -> None:
-        """End the running episode, if there is one, so. One that is being reset has not begun: what is said then is
-        most often meant for the one before.
+    def finish(self, ending: Ending) -> str:
+        """End the running episode so; its id, empty if there is none. One that is being reset has not begun: what is
+        said then is most often meant for the one before.
         """
-        if self._episode and not self._resetting:
-            self.ending = ending
+        if not self._episode or self._resetting:
+            return ""
+        self.ending = ending
+        return self._episode
 
     @property
     def state(self) -> tuple[RobotState, str]:
@@ -301,7 +319,7 @@ class Guard:
             self.holding = f"{what} for {silent_s:.2f} s"
             self._tell(f"holding: {self.holding}")
         # With the lock in other hands the backend itself hangs, and only a stop is left.
-        if self._loop_is_silent() and not self._device.locked():
+        if self._loop_is_silent() and not self._device.busy:
             # The backend may hang in this very call, and a stop must not wait for it.
             threading.Thread(target=self._hold_for_the_loop, name="guard", daemon=True).start()
 
@@ -318,7 +336,7 @@ class Guard:
 
     def _hold_for_the_loop(self) -> None:
         """Send one hold action, unless the loop speaks again. The lock lets in one at a time."""
-        if not self._device.acquire(blocking=False):
+        if not self._device.take():
             return
         try:
             if self._armed and not self._halted and self._loop_is_silent():
@@ -326,7 +344,7 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - a backend's own; the stop comes in its time
             self._tell(f"cannot hold: {error}")
         finally:
-            self._device.release()
+            self._device.give_back()
         self._stop_again_if_halted()
 
     def _hold(self) -> Float32:
@@ -342,22 +360,13 @@ class Guard:
                 self._safe = False
                 self._stop_latched()
 
-    def _stop_backend(self) -> None:
-        """Wait for the backend's present call, but not long: it may hang."""
-        held = self._device.acquire(timeout=self.period_s / 2)
-        try:
-            self._backend.stop()
-        finally:
-            if held:
-                self._device.release()
-
     def _stop_latched(self) -> None:
         """With the latch held. A backend that cannot stop now is asked again at the next tick, and so is one that is
         being reset: that may have begun to move it just after it was stopped.
         """
         resetting = self._resetting
         try:
-            self._stop_backend()
+            self._device.stop()
         except Exception as error:  # noqa: BLE001 - a backend's own; whatever it is, the next tick tries again
             if not self._why_not_safe:
                 self._tell(f"cannot stop, trying again: {error}")
@@ -366,10 +375,6 @@ class Guard:
             if self._why_not_safe:
                 self._tell("stopped now")
             self._safe, self._why_not_safe = not resetting, ""
-
-    def _raise_if_halted(self) -> None:
-        if self._halted:
-            raise StoppedError(self._halted)
 
     def _tell(self, message: str) -> None:
         """Warn where that is possible: a full disk or a lost terminal must not keep a stop from being tried."""

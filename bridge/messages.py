@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bridge.backend import BackendSpec, Observation
 from bridge.errors import FieldtuneError
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 32
 MAX_DIMS = 4
@@ -34,6 +34,8 @@ Code = Literal[
 
 Command = Literal["stop", "reset", "pause", "resume", "end", "success", "failure"]
 Ending = Literal["", "end", "success", "failure"]
+Label = Literal["success", "failure", "discard"]
+"""What somebody says of an episode that has ended. discard: nothing is to be learned from it."""
 Governing = Literal["promote", "reject", "pin", "unpin", "rollback"]
 RobotState = Literal["idle", "resetting", "driving", "paused", "holding", "stopping", "stopped"]
 """resetting: it may move, whatever was ordered but a stop. stopping: it is to be stopped, and has not confirmed it."""
@@ -154,6 +156,14 @@ class Operate(Message, frozen=True, tag="operate"):
     episode: str = ""
 
 
+class Judge(Message, frozen=True, tag="judge"):
+    """Say how an episode went that has ended, now or again; needs no hello. `who` is kept with the label."""
+
+    episode: str
+    label: Label
+    who: str
+
+
 class GetStatus(Message, frozen=True, tag="get_status"):
     """Ask for the runtime's counters; needs no hello."""
 
@@ -239,6 +249,13 @@ class Operated(Message, frozen=True, tag="operated"):
     robots: tuple[str, ...]
 
 
+class Judged(Message, frozen=True, tag="judged"):
+    """The label is on disk; `status` is what the episode counts as now."""
+
+    episode: str
+    status: str
+
+
 class StatusReply(Message, frozen=True, tag="status"):
     """The runtime's counters and latencies; the keys are those of `runtime.status.Status`."""
 
@@ -260,8 +277,20 @@ class Refused(Message, frozen=True, tag="refused"):
     message: str
 
 
-Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | GetStatus | Announce | Govern
-Reply = Welcome | Assignment | NoEpisode | Chunk | EpisodeStored | Orders | Operated | StatusReply | Serving | Refused
+Request = Hello | NextEpisode | Infer | EndEpisode | Watch | Operate | Judge | GetStatus | Announce | Govern
+Reply = (
+    Welcome
+    | Assignment
+    | NoEpisode
+    | Chunk
+    | EpisodeStored
+    | Orders
+    | Operated
+    | Judged
+    | StatusReply
+    | Serving
+    | Refused
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -21,6 +21,7 @@ from bridge.messages import Orders, Watch, WireError, decode_reply, encode
 BEAT_S = 0.25  # at most; a robot's beat is four times in what it may be without a sign of life
 BEATS_BEFORE_HOLD = 4
 SEND_HWM = 4  # beats that nobody takes are worth nothing
+CLOSE_S = 5.0  # for the thread to end; it makes no call that hangs but that of a terminal that takes no warning
 
 
 class Watcher:
@@ -45,7 +46,7 @@ class Watcher:
         """Stop guarding; idempotent."""
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         guard = self._guard

@@ -12,8 +12,6 @@ from bridge.backend import BackendSpec, Float32, Observation, UInt8
 
 End = Literal["success", "failure", "timeout", "unjudged", "aborted"]
 """unjudged: the robot cannot tell how it went; somebody has to say."""
-Label = Literal["success", "failure", "discard"]
-"""What somebody says of an episode; discard: nothing is to be learned from it."""
 Source = Literal["policy", "expert"]
 
 FORMAT = 1

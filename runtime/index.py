@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from bridge.messages import Label
 from runtime.database import Database, DatabaseError
-from runtime.episode import End, Label, Source
+from runtime.episode import End, Source
 from runtime.labels import StoredLabel, append_label, read_labels
 
 _SCHEMA = (

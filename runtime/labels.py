@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from bridge.messages import Label
 from runtime.durable import sync_directory, write_all
-from runtime.episode import Label
 
 
 class StoredLabel(Struct, frozen=True):

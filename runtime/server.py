@@ -30,6 +30,8 @@ from bridge.messages import (
     Governing,
     Hello,
     Infer,
+    Judge,
+    Judged,
     NextEpisode,
     NoEpisode,
     Operate,
@@ -43,6 +45,7 @@ from bridge.messages import (
 )
 from runtime.bundle import BundleError
 from runtime.config import ServeConfig
+from runtime.database import DatabaseError
 from runtime.episodes import EpisodeLog
 from runtime.operator import Operator
 from runtime.policy import InstructionError, compare_specs
@@ -118,7 +121,7 @@ class PolicyServer:
         )
         self._operator = Operator(self._sessions, self._router, self._rollouts.abort)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        # What people decide must not wait until a gate has judged.
+        # What people decide must not wait until a gate has judged, and nobody must wait for the disk.
         self._governor = ThreadPoolExecutor(1, thread_name_prefix="governor")
         self.endpoint = self._router.endpoint
 
@@ -195,6 +198,8 @@ class PolicyServer:
                 self._operator.watch(identity, message)
             case Operate():
                 self._operator.operate(identity, message)
+            case Judge():
+                self._governor.submit(self._judge, identity, message)
             case Hello():
                 self._hello(identity, message)
             case GetStatus():
@@ -270,6 +275,20 @@ class PolicyServer:
     def _swap_refused(self, identity: bytes, request: int, code: Code, field: str, message: str) -> None:
         self._counters.refused_swaps += 1
         self._router.refuse(identity, request, code, field, message)
+
+    def _judge(self, identity: bytes, message: Judge) -> None:
+        """On the governor's thread."""
+        refuse = partial(self._router.refuse, identity, message.request)
+        try:
+            if self._log.index.get(message.episode) is None:
+                self._finish(partial(refuse, "episode", "episode", f"no episode {message.episode} is stored here"))
+                return
+            row = self._log.index.label(message.episode, message.label, message.who)
+        except (DatabaseError, OSError) as error:
+            self._finish(partial(refuse, "storage", "", str(error)))
+            return
+        reply = Judged(request=message.request, episode=row.episode, status=row.status)
+        self._finish(partial(self._router.send, identity, reply))
 
     # --- ends -----------------------------------------------------------------------------------------------------
 

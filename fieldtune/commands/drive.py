@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -13,20 +11,18 @@ from typing import Annotated
 import tyro
 
 from bridge.backends import make_backend
-from bridge.client import PolicyClient, SilentError
+from bridge.client import PolicyClient
 from bridge.control import EpisodeReport
 from bridge.drive import drive as run_drive
 from bridge.guard import Guard
-from bridge.messages import Assignment, Command, Ending, Operate, Operated
+from bridge.messages import Assignment
 from bridge.pacing import Ticks
-from fieldtune.commands.common import Config, Json, Set, endpoint, out, print_json, warn
+from fieldtune.commands.common import Config, Json, Set, account, endpoint, out, print_json, warn
 from fieldtune.deployment import load_deployment
 from fieldtune.keyboard import keys
+from fieldtune.robot_keys import HELP, RobotKeys
 from runtime.supervisor import stop_on_signals
 
-STOP_KEYS = (" ", "\x1b")
-ENDING_KEYS: dict[str, Ending] = {"e": "end", "s": "success", "f": "failure"}
-HELP = "keys: space or esc stop all robots, r reset, p pause or resume, e end, s success, f failure"
 TELL_S = 2.0
 STDIN = 0
 
@@ -44,7 +40,8 @@ def drive(
     """Drive the configured backend with the policy of a running runtime.
 
     In a terminal, keys stop, pause and judge: space or esc stops all robots of the runtime, r resets them; p pauses and
-    resumes this robot, e ends its episode, s and f end it as a success or a failure.
+    resumes this robot, e ends its episode, s and f end it as a success or a failure, d ends it and nothing is learned
+    from it. Between two episodes s, f and d are for the last one, whatever was said of it before.
 
     Examples:
       fieldtune drive quickstart --episodes 5
@@ -72,38 +69,13 @@ def drive(
 
     address = endpoint_ or endpoint(deployment)
 
-    def tell(command: Command, why: str = "") -> None:
-        """To all robots of the runtime, over a connection of its own: the others are busy."""
-        try:
-            with PolicyClient(address, client=client_name, timeout_s=TELL_S, keys=secret) as operator:
-                operator.request(Operate(command=command, why=why), Operated)
-        except SilentError as error:
-            warn(f"{command}: {error}")
-
-    apart: dict[str, threading.Thread] = {}
-
-    def beside(name: str, call: Callable[..., None], *arguments: str) -> None:
-        """Make a call on a thread of its own, unless the last one of its name still goes on; keys wait for nothing."""
-        if name not in apart or not apart[name].is_alive():
-            apart[name] = threading.Thread(target=call, args=arguments, name=name, daemon=True)
-            apart[name].start()
-
-    def handle(key: str) -> None:
-        if key in STOP_KEYS:
-            why = f"by a key at {client_name}"
-            # Neither waits for the other: this robot needs no runtime for it, and the others not this robot.
-            beside("stop all", tell, "stop", why)
-            beside("stop", guard.stop, why)
-        elif key == "r":
-            beside("reset all", tell, "reset")
-        elif key == "p":
-            guard.pause(not guard.paused)
-        elif key in ENDING_KEYS:
-            guard.finish(ENDING_KEYS[key])
+    def connect() -> PolicyClient:
+        return PolicyClient(address, client=client_name, timeout_s=TELL_S, keys=secret)
 
     with (
+        RobotKeys(guard, connect, name=client_name, who=account(), warn=warn) as robot_keys,
         PolicyClient(address, client=client_name, timeout_s=deployment.bridge.request_timeout_s, keys=secret) as client,
-        keys(handle, STDIN) as terminal,
+        keys(robot_keys.handle, STDIN) as terminal,
     ):
         if terminal:
             warn(HELP)

@@ -11,10 +11,10 @@ from rich.table import Column
 
 from bridge.config import ConfigError
 from bridge.errors import FieldtuneError
-from bridge.messages import RULES
+from bridge.messages import RULES, Label
 from fieldtune.commands.common import Config, Json, Set, account, list_table, out, print_json, run_dir
 from fieldtune.deployment import load_deployment
-from runtime.episode import Decision, End, Episode, Label
+from runtime.episode import Decision, End, Episode
 from runtime.episode_file import SUFFIX
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import read_episode, read_row

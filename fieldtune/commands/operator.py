@@ -84,6 +84,9 @@ def operator(
         print_json({"robots": reply.robots})
     elif reply.robots:
         out.print(f"{command}: told {', '.join(reply.robots)}")
+    elif command in ("end", "success", "failure"):
+        who = f"robot {robot} is not" if robot else "no robot is"
+        sys.stderr.write(f"fieldtune: {who} in an episode; `fieldtune episodes label` judges one that has ended\n")
     else:
         sys.stderr.write(f"fieldtune: no robot {robot or 'is connected'}\n")
     return 0 if reply.robots else 1

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from bridge.errors import FieldtuneError
-from bridge.messages import Command, Govern, Governing, Operate, Operated, Serving
+from bridge.messages import Command, Govern, Governing, Label, Operate, Operated, Serving
 from fieldtune.commands.common import connect
 from fieldtune.commands.operator import stop_robots
 from fieldtune.page.view import RunView
-from runtime.episode import Label
 
 ORDER_TIMEOUT_S = 3.0
 SWAP_TIMEOUT_S = 15.0

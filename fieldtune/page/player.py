@@ -11,12 +11,12 @@ import numpy as np
 from nicegui import events, ui
 from starlette.requests import Request
 
+from bridge.messages import Label
 from fieldtune.page import actions
 from fieldtune.page.episodes import STATUS_COLOURS, episode_url
 from fieldtune.page.frame import REFRESH_S, act, every, frame, line_chart, name_of, pressed, set_lines, when
 from fieldtune.page.logged import Logged
 from fieldtune.page.view import RunView
-from runtime.episode import Label
 from runtime.episode_file import EpisodeError
 from runtime.index import EpisodeRow
 

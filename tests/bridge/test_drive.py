@@ -341,6 +341,28 @@ def test_each_episode_waits_until_somebody_has_put_the_scene_back(serve: Any, wo
     assert set(serving.status()["episodes"]) <= {"success", "timeout"}, "an episode that has not begun is none"
 
 
+def test_a_scene_that_was_put_back_counts_though_the_runtime_was_started_anew_meanwhile(
+    serve: Any, work: Start, point: Backend, tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/policy.sock"
+    first = serve(endpoint=endpoint, horizon_steps=6)
+    worker = work(endpoint, backend=WatchedRobot(point), wait_for_scene=True)
+    until(lambda: worker.guard.state[1].startswith("for the scene of reach"), "the robot to wait for the scene")
+    first.stop()
+    second = serve(endpoint=endpoint, horizon_steps=6)
+    worker.guard.pause(False)  # the scene is ready, and nobody at the robot knows of the runtime
+    until(lambda: len(worker.reports) == 1, "the episode, without being told again")
+    until(lambda: worker.guard.state[1].startswith("for the scene of reach"), "the robot to wait for the next scene")
+    assert second.log.index.count() == 1
+    assert [warning for warning in worker.warnings if "saying hello again" in warning], "it was refused once"
+    worker.guard.pause(False)
+    until(lambda: not worker.guard.paused, "the next episode")
+    worker.guard.stop("a hand")
+    until(lambda: worker.guard.state == ("stopped", "a hand"), "the stop")
+    worker.guard.reset()
+    until(lambda: worker.guard.state[1].startswith("for the scene of reach"), "the scene to be asked for after a stop")
+
+
 def test_an_episode_of_a_task_that_is_none_of_the_backends_moves_nothing(
     serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

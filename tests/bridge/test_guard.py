@@ -23,6 +23,10 @@ STILL = f32(0, 0)
 RESET = "`fieldtune operator CONFIG reset` lets it go on"
 
 
+def _waited(event: threading.Event) -> None:
+    assert event.wait(ENOUGH_S)
+
+
 class Guarded:
     """A guard, the robot behind it, and a clock."""
 
@@ -292,6 +296,54 @@ def test_a_backend_that_cannot_stop_is_asked_until_it_does() -> None:
     told = [text for text in g.warnings if "stop" in text]
     assert told[:2] == ["cannot stop, trying again: no answer", "stopped: a hand; " + RESET]
     assert told[2:] == ["stopped now"], "once, and not with every tick"
+
+
+def test_a_stop_that_does_not_return_keeps_nobody_and_is_repeated_once_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.device.STOP_S", 0.05)
+    go = threading.Event()
+    g = Guarded(Robot(on={"stop": lambda: None if go.is_set() else _waited(go)}))
+    g.begin()
+    g.guard.stop("a hand")
+    for _ in range(3):
+        g.guard.obey(Orders())
+        g.guard.tick()
+        assert g.guard.state == ("stopping", "a hand; cannot stop: stop() of fake has not returned")
+    with pytest.raises(StoppedError, match="a hand"):
+        g.guard.observe()
+    g.guard.obey(Orders(reset=True))
+    with pytest.raises(BackendError, match=r"stop\(\) of fake has not returned"):
+        g.guard.begin("e2", lambda: pytest.fail("two calls at once"))
+    with pytest.raises(BackendError, match=r"stop\(\) of fake has not returned"):
+        g.guard.leave()
+    g.guard.stop("again")
+    assert g.robot.calls == ["stop", "close"]
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name == "stop":
+            thread.join(ENOUGH_S)
+    g.guard.tick()
+    assert g.robot.calls == ["stop", "close", "stop"] and g.guard.state == ("stopped", "again")
+
+
+def test_a_stop_ends_the_wait_of_a_loop_for_a_hold_that_hangs() -> None:
+    hangs, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        _waited(go)
+
+    g = Guarded(Robot(on={"apply": hang}))
+    g.begin()
+    g.guard.waiting()
+    g.clock.work(0.6)
+    g.guard.tick()
+    assert hangs.wait(ENOUGH_S)
+    stop = threading.Timer(0.2, g.guard.stop, ["a hand"])
+    stop.start()
+    with pytest.raises(StoppedError, match="a hand"):
+        g.guard.observe()
+    stop.join(ENOUGH_S)
+    go.set()
 
 
 def test_stopped_is_said_once_the_backend_has_stopped() -> None:

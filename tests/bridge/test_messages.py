@@ -25,6 +25,8 @@ from bridge.messages import (
     Govern,
     Hello,
     Infer,
+    Judge,
+    Judged,
     Message,
     NextEpisode,
     NoEpisode,
@@ -74,6 +76,7 @@ REQUESTS: list[Request] = [
     Govern(command="rollback", who="test", request=9, version="abcd"),
     Watch(request=10, bridge="b", client="c", session="", state="holding", why="silent"),
     Operate(request=11, command="stop", why="a hand"),
+    Judge(request=12, episode="e", label="discard", who="ada"),
 ]
 REPLIES: list[Reply] = [
     Welcome(request=1, session="s", version="v", horizon=8),
@@ -86,6 +89,7 @@ REPLIES: list[Reply] = [
     Refused(request=8, code="spec", field="spec.control_hz", message="is 3"),
     Orders(stopped="a hand", reset=True, paused=True, episode="e", end="failure"),
     Operated(request=9, robots=("c",)),
+    Judged(request=10, episode="e", status="aborted"),
 ]
 
 arrays_strategy = st.dictionaries(

@@ -22,6 +22,7 @@ from bridge.guard import Guard
 from bridge.messages import Orders, Watch
 from bridge.watch import Watcher
 from fieldtune.cli import run
+from fieldtune.commands.common import account
 from fieldtune.keyboard import keys
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
@@ -142,8 +143,11 @@ def test_a_robot_that_is_given_up_as_silent_meanwhile_is_named(
 def test_without_a_runtime_or_a_robot_it_is_an_error(
     serve: Any, deployment: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(["operator", deployment(serve().endpoint), "pause"]) == 1
+    point = deployment(serve().endpoint)
+    assert run(["operator", point, "pause"]) == 1
     assert "no robot is connected" in capsys.readouterr().err
+    assert run(["operator", point, "success"]) == 1
+    assert "no robot is in an episode; `fieldtune episodes label` judges" in capsys.readouterr().err
     monkeypatch.setattr("fieldtune.commands.operator.TIMEOUT_S", 0.1)
     assert run(["stop", deployment("tcp://127.0.0.1:9")]) == 1
     assert "nobody listens" in capsys.readouterr().err
@@ -233,7 +237,10 @@ def test_the_stop_key_reaches_the_others_while_this_robot_hangs_in_its_stop(
         until(lambda: serving.status()["stopped"] == "by a key at arm", "the runtime to know")
         os.write(master, b"r")
         until(lambda: serving.status()["stopped"] == "", "the next key to be heard")
-        assert process.poll() is None
+        hangs = "stop() of point has not returned"
+        until(lambda: hangs in serving.status()["robots"]["arm"], "the runtime to know that it is not stopped")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENOUGH_S) == 1 and hangs in log.read_text(), "it leaves all the same, and says so"
     finally:
         process.kill()
         process.wait()
@@ -264,6 +271,17 @@ def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fak
         until(lambda: robot() == "driving", "the robot to go on")
         os.write(master, b"s")
         until(lambda: serving.status()["episodes"] == {"success": 1}, "the episode to end as a success")
+        until(lambda: robot() == "driving", "the next episode")
+        os.write(master, b"d")
+        until(lambda: "counts as discarded" in log.read_text(), "the next one to be ended and discarded")
+        os.write(master, b"p")
+        until(lambda: robot() == "paused: at the robot", "the pause")
+        os.write(master, b"e")
+        until(lambda: serving.status()["episodes"].get("timeout") == 2, "the end of the episode")
+        os.write(master, b"f")
+        until(lambda: "counts as failure" in log.read_text(), "the label of the episode that has ended")
+        os.write(master, b"p")
+        until(lambda: robot() == "driving", "the robot to go on")
         os.write(master, b" ")
         until(lambda: robot() == "stopped: by a key at arm", "the stop")
         until(lambda: serving.status()["stopped"] == "by a key at arm", "the runtime to know")
@@ -276,5 +294,11 @@ def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fak
         process.wait()
         os.close(master)
         os.close(terminal)
-    (row,) = serving.log.index.list(limit=10, status="success")
-    assert row.reason == "marked by the operator"
+    rows = [row for row in reversed(serving.log.index.list(limit=10)) if row.labelled_by or row.status == "success"]
+    who = account()
+    assert [(row.status, row.reason) for row in rows] == [
+        ("success", "marked by the operator"),
+        ("aborted", f"discarded by {who}"),
+        ("failure", "ended by the operator"),
+    ]
+    assert rows[2].labelled_by == who

@@ -1,5 +1,7 @@
 """The operator over the wire: orders that do not wait to be asked for, and a log that says who ended what, and why."""
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,8 @@ from bridge.messages import (
     Assignment,
     Command,
     Infer,
+    Judge,
+    Judged,
     Message,
     NextEpisode,
     NoEpisode,
@@ -346,3 +350,28 @@ def test_next_episode_still_needs_a_session_while_all_is_stopped(scene: Callable
     s.operate("stop")
     with pytest.raises(RefusedError, match="say hello first"):
         s.tool.ask(NextEpisode(session="nobody"))
+
+
+def test_an_episode_that_has_ended_is_judged_and_one_that_is_not_stored_is_refused(
+    scene: Callable[..., Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = scene()
+    with pytest.raises(RefusedError, match=f"episode: no episode {s.robot.episode} is stored here"):
+        s.tool.request(Judge(episode=s.robot.episode, label="success", who="ada"), Judged)
+    s.robot.executed(1)
+    stored = s.robot.end(s.robot.observation(s.spec), status="unjudged")
+    for label, counts_as in (("success", "success"), ("discard", "aborted"), ("failure", "failure")):
+        judge = Judge(episode=stored.episode, label=label, who="ada")  # type: ignore[arg-type]
+        reply, _ = s.tool.request(judge, Judged)
+        assert (reply.episode, reply.status) == (stored.episode, counts_as)
+    index = s.serving.log.index
+    assert s.row(stored.episode).status == "failure" and s.row(stored.episode).labelled_by == "ada"
+    assert [row.label for row in index.labels_after(0)] == ["success", "discard", "failure"]
+    monkeypatch.setattr("runtime.index.append_label", _full)
+    with pytest.raises(RefusedError, match="No space left on device"):
+        s.tool.request(Judge(episode=stored.episode, label="success", who="ada"), Judged)
+    assert s.row(stored.episode).status == "failure"
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

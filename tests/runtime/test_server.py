@@ -30,6 +30,7 @@ from bridge.messages import (
     Govern,
     Hello,
     Infer,
+    Judge,
     Message,
     NextEpisode,
     Operate,
@@ -294,6 +295,7 @@ HEADERS: list[Message] = [
     Govern(command="rollback", who="test", request=8, version="\0"),
     Watch(request=9, bridge="b", client="c", session="s", state="stopped", why="x"),
     Operate(request=10, command="pause", robot="nobody"),
+    Judge(request=11, episode="e", label="discard", who="x"),
 ]
 
 
