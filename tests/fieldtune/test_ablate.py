@@ -223,7 +223,7 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 def test_control_c_stops_an_ablation_and_the_same_command_goes_on_with_it(
     tmp_path: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:
-    iterations = 12
+    iterations = 8
     child = RunDir(tmp_path / "point-ablation-full")
     settings = (*TINY, f"trainer.stop.iterations={iterations}", f"runs={tmp_path}")
     line = [sys.executable, "-m", "fieldtune", "ablate", "full", "--base", "point"]

@@ -86,6 +86,23 @@ def up(tmp_path: Path) -> Iterator[Deployment]:
         os.killpg(deployment.process.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with demonstrations and a fine-tuned policy."""
+    directory = tmp_path_factory.mktemp("fine_tuned")
+    settings = [x for setting in [f"runs={directory}", *SMALL] for x in ("--set", setting)]
+    for command in ("demos", "sft"):
+        line = [sys.executable, "-m", "fieldtune", command, "point", *settings]
+        subprocess.run(line, check=True, timeout=200, stdin=subprocess.DEVNULL)
+    return directory / "point"
+
+
+@pytest.fixture
+def goes_on(up: Deployment, fine_tuned: Path) -> None:
+    """`up` finds those there."""
+    shutil.copytree(fine_tuned, up.run.path)
+
+
 def until(condition: Callable[[], bool], what: str, deployment: Deployment, limit_s: float = 90.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
@@ -116,6 +133,7 @@ def check_run(deployment: Deployment, iterations: int) -> None:
     assert len(registry.lineage(live)) == 1 + sum(not line["warmup"] for line in lines)
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_the_end_of_any_part_costs_no_episode(up: Deployment) -> None:
     """By kill -9, and by a signal on which it leaves in order: nobody but `up` is to end a part of it."""
     kill, ask = signal.SIGKILL, signal.SIGTERM
@@ -170,6 +188,7 @@ def test_control_c_stops_everything_and_the_same_command_goes_on(up: Deployment)
     check_run(up, 6)
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_children_die_with_a_parent_that_was_killed(up: Deployment) -> None:
     up.start("trainer.stop.iterations=1000")
     until(lambda: len(up.metrics()) >= 1, "first iteration", up)
@@ -182,14 +201,17 @@ def test_children_die_with_a_parent_that_was_killed(up: Deployment) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_another_backend_for_the_same_run_is_refused(up: Deployment) -> None:
-    up.start("trainer.stop.iterations=1")
-    assert up.wait() == 0, up.log()
-    up.start("trainer.stop.iterations=1", "backend.options.size_px=16")
+    up.start()
+    until(up.run.config.exists, "beginning of the run", up)
+    assert up.interrupt() == 1
+    up.start("backend.options.size_px=16")
     assert up.wait() == 2
     assert "$.backend" in up.log() and "--fresh" in up.log()
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_staged_versions_go_live_by_their_canaries(up: Deployment) -> None:
     canary = [f"runtime.deploy.canary.{rule}" for rule in ("promote=not_worse", "margin=0.3", "max_episodes=300")]
     small = ["trainer.episodes_per_iteration=20", "trainer.evaluate.episodes_per_task=2"]
@@ -231,6 +253,7 @@ def test_a_policy_made_elsewhere_works_until_it_is_stopped_but_is_not_trained(
     assert not up.run.metrics.exists() and not (up.run.path / "report.json").exists()
 
 
+@pytest.mark.usefixtures("goes_on")
 def test_a_robot_on_another_computer_is_driven_from_there(up: Deployment, tmp_path: Path) -> None:
     fieldtune = [sys.executable, "-m", "fieldtune"]
     with socket.socket() as free:
