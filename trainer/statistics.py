@@ -241,6 +241,13 @@ def summarise(
     )
 
 
+def result_on(evaluation: Evaluation, tasks: Iterable[str]) -> Result:
+    """The result of some of its tasks together."""
+    groups = [[trial for trial in evaluation.trials if trial.task == task] for task in tasks]
+    aborted = sum(evaluation.tasks[task].aborted for task in tasks)
+    return result_of(groups, aborted, evaluation.horizon_steps, evaluation.confidence)
+
+
 def left_out(evaluation: Evaluation) -> str:
     """How many episodes count in none of its figures, and why, in words; empty if all do."""
     counts = {

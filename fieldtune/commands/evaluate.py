@@ -23,7 +23,7 @@ from runtime.supervisor import stop_on_signals
 from trainer.config import EvaluateConfig
 from trainer.evaluate import RESULT
 from trainer.evaluate import evaluate as run_evaluation
-from trainer.statistics import Evaluation
+from trainer.statistics import Evaluation, Result, result_on
 
 HELD_OUT = "held_out"
 
@@ -175,18 +175,30 @@ def fieldtune_command(command: str, config: str, overrides: tuple[str, ...], *re
     return [sys.executable, "-m", "fieldtune", command, config, *rest, *(x for o in overrides for x in ("--set", o))]
 
 
-def evaluation_table(columns: list[tuple[str, Evaluation]]) -> Table:
-    """Success with Wilson interval and steps, by task, one group of columns for each evaluation."""
+def evaluation_table(columns: list[tuple[str, Evaluation]], post_trained: tuple[str, ...] = ()) -> Table:
+    """Success with Wilson interval and steps, by task, one group of columns for each evaluation.
+
+    Where only some of the tasks were `post_trained`, those and the others are summed up apart: what was forgotten.
+    """
     table = Table(title=f"mean action, unseen goals, n = {columns[0][1].overall.n}")
     table.add_column("task")
     for name, _ in columns:
         table.add_column(f"{name} success".strip(), justify="right")
         table.add_column(f"{name} steps".strip(), justify="right")
-    rows = [*columns[0][1].tasks, "overall"] if len(columns[0][1].tasks) > 1 else list(columns[0][1].tasks)
-    for task in rows:
-        cells = [task]
+    tasks = tuple(columns[0][1].tasks)
+    improved = tuple(task for task in tasks if task in post_trained)
+    others = tuple(task for task in tasks if task not in post_trained)
+    sums = {"post-trained": improved, "others": others} if improved and others else {}
+
+    def result_in(evaluation: Evaluation, row: str) -> Result:
+        if row in sums:
+            return result_on(evaluation, sums[row])
+        return evaluation.overall if row == "overall" else evaluation.tasks[row]
+
+    for row in (*tasks, *sums, *(("overall",) if len(tasks) > 1 else ())):
+        cells = [row]
         for _, evaluation in columns:
-            result = evaluation.overall if task == "overall" else evaluation.tasks[task]
+            result = result_in(evaluation, row)
             low, high = result.success_interval
             success = f"{result.success:.2f} [{low:.2f}, {high:.2f}]" if result.n else "-"
             cells += [success, steps_text(result.steps, result.steps_interval)]

@@ -169,7 +169,7 @@ def run_to_the_end(this: Up) -> int:
     if this.quiet:
         print_json(report)
         return 0
-    out.print(evaluation_table([("before", before), ("after", after)]))
+    out.print(evaluation_table([("before", before), ("after", after)], deployment.trainer.post_train))
     out.print(f"took {(time.monotonic() - started_s) / 60:.1f} minutes")
     out.print(f"report: {page}")
     return 0

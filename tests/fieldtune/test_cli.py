@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,36 @@ def test_a_full_disk_is_said_and_other_failures_of_the_system_are_bugs(
     fail(errno.EBADF)
     with pytest.raises(OSError, match="Bad file descriptor"):
         run(["status"])
+
+
+def test_what_was_post_trained_and_the_other_tasks_are_summed_up_apart() -> None:
+    from fieldtune.commands.evaluate import evaluation_table
+    from trainer.statistics import summarise
+
+    @dataclass
+    class Row:
+        task: str
+        seed: int
+        status: Any
+        steps: int
+
+    rows = [
+        Row("a", 1, "success", 10),
+        Row("b", 1, "success", 20),
+        Row("b", 2, "timeout", 99),
+        Row("c", 1, "timeout", 99),
+    ]
+    evaluation = summarise(rows, version="v", horizon_steps=99)
+
+    def printed(*post_trained: str) -> dict[str, list[str]]:
+        table = evaluation_table([("", evaluation)], post_trained)
+        columns = [list(column.cells) for column in table.columns]
+        return {str(row[0]): [str(cell).partition(" ")[0] for cell in row[1:]] for row in zip(*columns, strict=True)}
+
+    assert list(printed()) == list(printed("a", "b", "c")) == ["a", "b", "c", "overall"]
+    table = printed("a", "b")
+    assert list(table) == ["a", "b", "c", "post-trained", "others", "overall"]
+    assert table["post-trained"] == ["0.67", "15.0"] and table["others"] == ["0.00", "-"]
 
 
 def test_a_bundle_that_takes_long_to_load_is_announced_once(

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from runtime.episode import End
-from trainer.statistics import Evaluation, StatisticsError, compare, mcnemar, mean_interval, summarise, wilson
+from trainer.statistics import (
+    Evaluation,
+    StatisticsError,
+    compare,
+    mcnemar,
+    mean_interval,
+    result_on,
+    summarise,
+    wilson,
+)
 
 
 @dataclass
@@ -79,6 +88,9 @@ def test_summary_counts_every_goal_once() -> None:
     assert (result.overall.n, result.overall.success, result.overall.steps) == (4, 0.5, 40)
     assert result.overall.aborted == 2 and result.seeds == (1, 2) and result.action == "mean"
     assert msgspec.json.decode(msgspec.json.encode(result), type=Evaluation) == result
+    assert result_on(result, result.tasks) == result.overall and result_on(result, ["reach"]) == reach
+    two = result_on(result, ["push", "peg"])
+    assert (two.n, two.successes, two.aborted, two.steps_all) == (2, 1, 2, 125)
 
 
 statuses = st.sampled_from(["success", "failure", "timeout", "aborted"])
