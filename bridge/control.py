@@ -145,7 +145,7 @@ class EpisodeLoop:
                     status = "timeout"
             if status == "timeout" and not self.backend.spec.judges:
                 status = "unjudged"
-            end_request = self._end(status, reason)
+            end_request, status = self._end(status, reason)
         except BaseException as error:
             # A runtime that is silent cannot hear why, and of a stop it hears from the guarding thread.
             known = isinstance(error, SilentError) or guard.halted
@@ -201,10 +201,11 @@ class EpisodeLoop:
         self.asked = _Asked(request, self.step, observed_s, committed, delay_steps)
 
     def _observe(self) -> Arrays:
-        tensors = observation_tensors(self.guard.observe())
+        observation = self.guard.observe()
         try:
+            tensors = observation_tensors(observation)
             check_observation(tensors, self.backend.spec)
-        except WireError as error:
+        except (WireError, AttributeError, TypeError, ValueError) as error:
             raise BackendError(f"what {self.backend.spec.name} observes is not as its spec says: {error}") from error
         return tensors
 
@@ -280,10 +281,14 @@ class EpisodeLoop:
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
-    def _end(self, status: End, reason: str) -> int:
-        """Report the end; the id of the request. It is posted: the disk may take its time, the robot goes on."""
+    def _end(self, status: End, reason: str) -> tuple[int, End]:
+        """Report the end; the id of the request, and how it ended. It is posted: the disk may take its time, the robot
+        goes on.
+        """
         final = self._observe()
-        self.guard.rest(stop=self.backend.spec.paced)
+        said = self.guard.rest(stop=self.backend.spec.paced, ended=self.assignment.episode)
+        if said in ("success", "failure") and status in ("timeout", "unjudged"):
+            status, reason = ENDINGS[said]  # since the loop has looked last
         if self.asked is not None:
             # The runtime is still at it; what it sends will not be played.
             with suppress(RefusedError):
@@ -298,13 +303,10 @@ class EpisodeLoop:
             played=played,
             reason=reason,
         )
-        request = self.client.post(message, {**final, **report})
-        self.guard.ended = self.assignment.episode
-        return request
+        return self.client.post(message, {**final, **report}), status
 
     def _give_up(self, reason: str) -> None:
         """Stop the robot; then tell the runtime why, and what was executed until then."""
-        self.guard.ended = ""
         self.guard.rest(stop=True)
         if self.asked is not None:
             self.client.forget(self.asked.request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
@@ -10,6 +11,15 @@ from bridge.backend import Backend, BackendError
 
 LOOK_S = 0.05  # between two looks at whether a robot that is stopped or paused may go on
 STOP_S = 1.0  # for a backend's stop() to return; until it has, the robot does not count as stopped
+
+
+class _Stop:
+    """One call of the backend's stop."""
+
+    def __init__(self) -> None:
+        self.began_s = time.monotonic()
+        self.done: Future[int] = Future()
+        """Gives how often something had been sent when the call was made."""
 
 
 class Device:
@@ -20,8 +30,9 @@ class Device:
         self._backend, self._check_running = backend, check_running
         self._period_s = 1.0 / backend.spec.control_hz
         self._lock = threading.Lock()
-        self._stopping = threading.Lock()
-        self._last_stop: Future[None] | None = None
+        self._stops = threading.Lock()
+        self._under_way: _Stop | None = None
+        self._sent = 0
 
     def __enter__(self) -> None:
         while not self._lock.acquire(timeout=LOOK_S):
@@ -43,33 +54,60 @@ class Device:
         """Whether a call is under way."""
         return self._lock.locked()
 
-    def stop(self) -> None:
-        """Call the backend's stop, on a thread of its own. Raises what it raises, and `BackendError` where it has not
-        returned in time; then it is not called a second time before it has.
-        """
-        with self._stopping:
-            self.check_stop_returned()
-            done: Future[None] = Future()
-            self._last_stop = done
-            threading.Thread(target=self._call_stop, args=(done,), name="stop", daemon=True).start()
-            wait((done,), STOP_S)
-            self.check_stop_returned()
-        done.result()
+    def sent(self) -> None:
+        """Something was sent that may move the robot: a stop that was called before does not count any more."""
+        self._sent += 1
 
-    def check_stop_returned(self) -> None:
-        """Raises `BackendError` if the backend still hangs in a stop: a driver does not have to bear two calls."""
-        if self._last_stop is not None and not self._last_stop.done():
+    def check_free(self) -> None:
+        """Raises `BackendError` if the backend hangs in a call; a driver does not have to bear two at once."""
+        stop = self._under_way
+        if stop is not None and not stop.done.done():
             raise BackendError(f"stop() of {self._backend.spec.name} has not returned")
+        if not self._lock.acquire(timeout=STOP_S):
+            raise BackendError(f"a call of {self._backend.spec.name} has not returned")
+        self._lock.release()
 
-    def _call_stop(self, done: Future[None]) -> None:
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """Have the backend's stop called, on a thread of its own, and wait for it.
+
+        Raises what it raises, and `BackendError` where it has not returned `timeout_s` after it was called; then it is
+        not called a second time, and whoever stops next waits for the same call.
+        """
+        while True:
+            with self._stops:
+                if self._under_way is None:
+                    self._under_way = self._begin()
+                stop = self._under_way
+            wait((stop.done,), max(0.0, stop.began_s + timeout_s - time.monotonic()))
+            if not stop.done.done():
+                raise BackendError(f"stop() of {self._backend.spec.name} has not returned")
+            with self._stops:
+                if self._under_way is stop:
+                    self._under_way = None
+            if stop.done.result() == self._sent:
+                return
+
+    def _begin(self) -> _Stop:
+        stop = _Stop()
+        try:
+            threading.Thread(target=self._call, args=(stop,), name="stop", daemon=True).start()
+        except RuntimeError:
+            self._call(stop)  # no thread is to be had: better hang than not stop
+        return stop
+
+    def _call(self, stop: _Stop) -> None:
         # The present call of the loop is waited for, but not long: it may hang.
         held = self._lock.acquire(timeout=self._period_s / 2)
+        sent = self._sent
+        failure: BaseException | None = None
         try:
             self._backend.stop()
         except BaseException as error:  # noqa: BLE001 - raised by whoever waits
-            done.set_exception(error)
-        else:
-            done.set_result(None)
+            failure = error
         finally:
             if held:
                 self._lock.release()
+        if failure is None:
+            stop.done.set_result(sent)
+        else:
+            stop.done.set_exception(failure)

@@ -126,6 +126,8 @@ def drive(
                     settle(0)
                     time.sleep(LOOK_S)
                     continue
+                if guard.reconnect:
+                    connected = guard.reconnect = False
                 if not connected:
                     guard.call(backend.close)
                     guard.call(backend.connect)
@@ -160,13 +162,14 @@ def drive(
                 continue
             except BackendError as error:
                 summary.dropped_episodes += driving
-                if guard.halted:
+                guard.ready_for = ""  # somebody may have to reach in
+                if guard.stopped or (driving and guard.halted):
                     continue  # it was stopped in the middle of a call
                 if not backend.spec.paced:
                     raise
                 faults += 1
                 # The first time it may have been a moment's trouble; an arm whose device is closed may fall.
-                connected = faults == 1
+                connected = connected and faults == 1
                 if faults > MAX_FAULTS:
                     faults = 0
                     guard.stop(str(error))

@@ -22,6 +22,7 @@ from bridge.errors import FieldtuneError
 from bridge.messages import Ending, Orders, RobotState
 from bridge.safety import CHUNK_AGE, HOLD, SafetyStage
 
+REST_S = 10.0  # for a backend's stop() where nobody is in danger: between episodes, and at the end
 SPEAKS_AGAIN_STEPS = 2  # a loop silent for longer while the robot is held does not send the hold actions itself
 PAUSED_HERE = "at the robot"
 T = TypeVar("T")
@@ -63,10 +64,13 @@ class Guard:
         """The task whose scene a person has put back; empty once something was played in it."""
         self.ended = ""
         """The episode that has ended last, for whoever judges it afterwards; empty if it was given up."""
+        self.reconnect = False
+        """A stop that the backend has never confirmed was lifted: it is to be connected anew."""
         self.clock = clock
         self._backend, self._warn = backend, warn
         self._device = Device(backend, self.check_running)
         self._latch = threading.Lock()
+        self._naming = threading.Lock()  # which episode runs, and which was the last, change together
         self._safe = True  # whether the backend's stop() has returned since the robot was stopped
         self._why_not_safe = ""
         self._resetting = False
@@ -74,6 +78,7 @@ class Guard:
         self._halted = ""  # why the episode was stopped; only `begin` lifts that, a reset does not bring it back
         self._armed = False
         self._episode = ""
+        self._moving = False  # whether an action of the policy was sent in it
         self._paused_here = False
         self._scene = ""  # what a person has to put back before the episode begins; empty if nobody is waited for
         self._loop_s = self._heard_s = 0.0
@@ -101,12 +106,14 @@ class Guard:
                 raise StoppedError(self.stopped)
             self._halted, self._scene = "", f"for the scene of {task} ({instruction})"
         try:
-            while self.paused and not leaving():
+            while self.paused:
                 self.check_running()
+                if leaving():
+                    return False
                 time.sleep(LOOK_S)
             self.check_running()
-            self.ready_for = "" if self.paused else task
-            return not self.paused
+            self.ready_for = task
+            return True
         finally:
             self._scene = ""
 
@@ -120,12 +127,13 @@ class Guard:
             if self.stopped:
                 raise StoppedError(self.stopped)
             self._halted, self._leaving = "", leaving
-            self._device.check_stop_returned()
-            self._episode, self.ending, self.holding = episode, "", ""
+            self._device.check_free()
+            self._episode, self.ending, self.holding, self._moving = episode, "", "", False
             self._resetting = True
         try:
             self.call(reset)
         finally:
+            self._device.sent()  # in this order: a stop after it has to be a new one
             self._resetting = False
         self.check_running()
         self.stage.restart()
@@ -168,7 +176,8 @@ class Guard:
             self.check_running()
             self.ready_for = ""
             action, rule = self.call(self.stage.keep_inside, action)
-            sent = np.asarray(self.call(self._backend.apply, action), np.float32)
+            self._moving = True
+            sent = self._send(action)
             self.stage.sent(action)
         self._stop_again_if_halted()
         self.check_running()
@@ -177,7 +186,10 @@ class Guard:
     def outcome(self) -> Outcome:
         """The backend's status and reward."""
         with self._device:
-            return self.call(self._backend.outcome)
+            outcome = self.call(self._backend.outcome)
+        if self.paced and not np.isfinite(outcome.reward):
+            raise BackendError(f"{self._backend.spec.name}: outcome gave a reward of {outcome.reward!r}")
+        return outcome
 
     def hold(self) -> Float32:
         """Send the hold action in place of a chunk's: what was really sent. Raises `StoppedError`."""
@@ -199,22 +211,28 @@ class Guard:
         if self._halted:
             raise StoppedError(self._halted)
 
-    def rest(self, *, stop: bool) -> None:
+    def rest(self, *, stop: bool, ended: str = "") -> Ending:
         """The episode is over: the dead-man does not watch any more, and the backend is stopped if asked.
 
-        One that cannot be stopped is a robot that may move on: it is stopped for good, and asked until it is.
+        `ended` is its id, unless it was given up. Gives what the operator had said of its end; from here on `finish` is
+        for the next one. A backend that cannot be stopped is a robot that may move on: it is stopped for good, and
+        asked until it is.
         """
-        self._armed, self._episode, self.ending, self.holding = False, "", "", ""
+        with self._naming:
+            ending, self.ending = self.ending, ""
+            self._episode, self.ended = "", ended
+        self._armed, self.holding = False, ""
         if stop:
             try:
-                self._device.stop()
+                self._device.stop(REST_S)
             except Exception as error:  # noqa: BLE001 - a backend's own; the stop below goes on asking
                 self.stop(f"after its episode: {error}")
+        return ending
 
     def leave(self) -> None:
         """The worker leaves: the backend is stopped and closed, watched or not. Raises what they raise."""
         try:
-            self._device.stop()
+            self._device.stop(REST_S)
         finally:
             self._backend.close()
 
@@ -236,6 +254,7 @@ class Guard:
         with self._latch:
             if not self.stopped:
                 return
+            self.reconnect = self.reconnect or not self._safe
             self.stopped, self._armed = "", False
         self._tell("reset by the operator")
 
@@ -250,14 +269,16 @@ class Guard:
         if not paused:
             self._scene = ""
 
-    def finish(self, ending: Ending) -> str:
-        """End the running episode so; its id, empty if there is none. One that is being reset has not begun: what is
-        said then is most often meant for the one before.
+    def finish(self, ending: Ending, episode: str = "") -> str:
+        """End the running episode so, if it is `episode`; its id, empty if there is none. Where none is named: before
+        the policy has moved the robot, what is said is most often meant for the episode before.
         """
-        if not self._episode or self._resetting:
-            return ""
-        self.ending = ending
-        return self._episode
+        with self._naming:
+            meant = episode == self._episode if episode else self._moving
+            if not self._episode or not meant:
+                return ""
+            self.ending = ending
+            return self._episode
 
     @property
     def state(self) -> tuple[RobotState, str]:
@@ -287,8 +308,8 @@ class Guard:
         self.told_to_pause = orders.paused
         if orders.resume:
             self._scene = ""
-        if orders.end and orders.episode == self._episode:
-            self.finish(orders.end)
+        if orders.end and orders.episode:
+            self.finish(orders.end, orders.episode)
 
     def tick(self) -> None:
         """The dead-man; call it every control period. Holds a robot whose loop or runtime is silent, then stops it."""
@@ -348,9 +369,18 @@ class Guard:
         self._stop_again_if_halted()
 
     def _hold(self) -> Float32:
-        action = self.call(self.stage.hold_action)
-        sent = np.asarray(self.call(self._backend.apply, action), np.float32)
+        sent = self._send(self.call(self.stage.hold_action))
         self.stage.restart()
+        return sent
+
+    def _send(self, action: Float32) -> Float32:
+        """With the device taken. What a robot's driver says that it has sent is checked: it goes into the log."""
+        try:
+            sent = self.call(lambda: np.asarray(self._backend.apply(action), np.float32))
+        finally:
+            self._device.sent()
+        if self.paced and not (sent.shape == action.shape and np.isfinite(sent).all()):
+            raise BackendError(f"{self._backend.spec.name}: apply gave {sent!r}; expected {len(action)} finite numbers")
         return sent
 
     def _stop_again_if_halted(self) -> None:

@@ -17,7 +17,8 @@ LOOK_S = 0.2  # how long the end of the command may wait for the reader
 def keys(handle: Callable[[str], None], descriptor: int) -> Iterator[bool]:
     """Call `handle` with each key that is pressed, on a thread of its own; yields whether there is a terminal.
 
-    The terminal is as before when this ends. Ctrl-C stays a signal.
+    The terminal is as before when this ends. Ctrl-C stays a signal. Ctrl-Z and Ctrl-S are keys: the one would freeze a
+    process whose robot goes on, the other whoever says something.
     """
     if not os.isatty(descriptor):
         yield False
@@ -27,17 +28,31 @@ def keys(handle: Callable[[str], None], descriptor: int) -> Iterator[bool]:
 
     def read() -> None:
         while not done.is_set():
-            if select.select([descriptor], [], [], LOOK_S)[0]:
-                with suppress(OSError):
-                    for key in os.read(descriptor, 64).decode(errors="replace"):
-                        handle(key)
+            try:
+                ready = select.select([descriptor], [], [], LOOK_S)[0]
+                pressed = os.read(descriptor, 64) if ready else b""
+            except OSError:
+                return  # the terminal is gone
+            if ready and not pressed:
+                return
+            for key in pressed.decode(errors="replace"):
+                handle(key)
 
     thread = threading.Thread(target=read, name="keys", daemon=True)
     tty.setcbreak(descriptor)
+    _let_no_key_freeze(descriptor)
     try:
         thread.start()
         yield True
     finally:
         done.set()
         thread.join()
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        with suppress(termios.error):
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _let_no_key_freeze(descriptor: int) -> None:
+    attributes = termios.tcgetattr(descriptor)
+    attributes[0] &= ~termios.IXON
+    attributes[6][termios.VSUSP] = b"\0"
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, attributes)

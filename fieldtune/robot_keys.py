@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from bridge.client import PolicyClient, RefusedError, SilentError
-from bridge.errors import FieldtuneError
 from bridge.guard import Guard
 from bridge.messages import Command, Judge, Judged, Label, Operate, Operated
 
@@ -32,6 +31,8 @@ class RobotKeys:
         self._name, self._who = name, who
         self._apart: dict[str, threading.Thread] = {}
         self._labels = ThreadPoolExecutor(1, "labels")  # in the order of the keys: the last word counts
+        self._last_label: tuple[str, Label] | None = None
+        self._last_given: Future[None] | None = None
 
     def __enter__(self) -> RobotKeys:
         return self
@@ -62,10 +63,12 @@ class RobotKeys:
         if ends and label != "discard":
             return
         episode = ends or self._guard.ended
-        if episode:
-            self._labels.submit(self._label, episode, label)
-        else:
+        if not episode:
             self._warn(f"{label}: no episode has ended here that could be judged")
+        elif (episode, label) != self._last_label or self._last_given is None or self._last_given.done():
+            # Not once more while the same is under way: a key that is held down says it many times a second.
+            self._last_label = episode, label
+            self._last_given = self._labels.submit(self._label, episode, label)
 
     def _label(self, episode: str, label: Label) -> None:
         """Label an episode that has ended, or is about to."""
@@ -74,10 +77,10 @@ class RobotKeys:
             try:
                 with self._connect() as client:
                     reply, _ = client.request(Judge(episode=episode, label=label, who=self._who), Judged)
-            except FieldtuneError as error:
+            except Exception as error:  # noqa: BLE001 - nobody else on this thread would say so
                 unstored = isinstance(error, RefusedError) and error.refused.code == "episode"
                 if not unstored or time.monotonic() > give_up_s:
-                    self._warn(f"{label}: {error}; say it again, or later by `fieldtune episodes label`")
+                    self._warn(f"{label}: {error}; `fieldtune episodes list` says whether episode {episode} has it")
                     return
                 time.sleep(AGAIN_S)
             else:

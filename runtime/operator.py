@@ -16,6 +16,7 @@ from runtime.sessions import OpenEpisode, Session, Sessions
 
 LONGEST_RESET_S = 600.0  # a reset that takes longer hangs
 MOST_WHY = 500  # characters of a reason in the status, whose header is small
+MOST_NAME = 200  # characters of a client's name there
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class Robot:
     resetting_since_s: float
     """When it said so first; its state says whether it still does."""
     paused: bool
+    stopped: str
+    """Why it is to be stopped, whoever else is: another runtime, or the bridge before this one, knew of it."""
 
     @property
     def own_name(self) -> str:
@@ -50,6 +53,7 @@ class Operator:
         self._robots: dict[str, Robot] = {}
         self._paused = False
         self._paused_names: set[str] = set()
+        self._stopped_names: dict[str, str] = {}
 
     def watch(self, identity: bytes, message: Watch) -> None:
         """Note what a bridge says of itself, and answer with its orders."""
@@ -57,6 +61,12 @@ class Operator:
         now_s = time.monotonic()
         # One that was told to pause stays so for a runtime that has started anew, and for a bridge that has.
         paused = self._paused or message.paused or message.client in self._paused_names
+        # So does one that was stopped.
+        stopped = known.stopped if known else self._stopped_names.get(message.client, "")
+        if message.state in ("stopping", "stopped"):
+            self._stopped_names[message.client] = message.why[:MOST_WHY]
+        elif known:
+            self._stopped_names.pop(message.client, None)
         was_resetting = known is not None and known.state == message.state == "resetting"
         robot = self._robots[message.bridge] = Robot(
             identity=identity,
@@ -68,6 +78,7 @@ class Operator:
             seen_s=now_s,
             resetting_since_s=known.resetting_since_s if known is not None and was_resetting else now_s,
             paused=known.paused if known else paused,
+            stopped=stopped,
         )
         self._send(robot, request=message.request)
         session = self._sessions.by_id.get(message.session)
@@ -84,9 +95,12 @@ class Operator:
         """Pass an order on, then note it and answer."""
         reset, resume = message.command == "reset", message.command == "resume"
         if message.command == "stop":
-            self.stopped = message.why or "by the operator"
+            self.stopped = message.why[:MOST_WHY] or "by the operator"
         elif reset:
             self.stopped = ""
+            self._stopped_names.clear()
+            for robot in self._robots.values():
+                robot.stopped = ""
         everybody = message.command in ("stop", "reset") or not message.robot
         told = [
             robot for robot in self._robots.values() if everybody or message.robot in (robot.client, robot.own_name)
@@ -133,7 +147,7 @@ class Operator:
     def _name(self, robot: Robot) -> str:
         """That of its client; of several with one name all but the first go by their own."""
         first = next(other for other in self._robots.values() if other.client == robot.client)
-        return robot.client if first is robot else robot.own_name
+        return (robot.client if first is robot else robot.own_name)[:MOST_NAME]
 
     def _change(self, robot: Robot, message: Operate) -> None:
         match message.command:
@@ -159,7 +173,7 @@ class Operator:
         opened = self._opened(robot)
         orders = Orders(
             request=request,
-            stopped=self.stopped,
+            stopped=self.stopped or robot.stopped,
             reset=reset,
             paused=robot.paused,
             resume=resume,

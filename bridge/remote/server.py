@@ -150,7 +150,9 @@ class BackendServer:
             self._stop_for_silence(job.client)
             return None
         try:
-            message, arrays = self._carry_out(job.message, job.arrays)
+            message, given = self._carry_out(job.message, job.arrays)
+            arrays = {name: np.asarray(array, order="C") for name, array in (given or {}).items()}
+            encode(message, arrays)  # what a driver gives need not be what can be sent
             return _Answer(job, message, arrays)
         except Exception as error:  # noqa: BLE001 - whatever a driver raises is told to the owner
             text = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"

@@ -17,6 +17,7 @@ from bridge.drive import drive as run_drive
 from bridge.guard import Guard
 from bridge.messages import Assignment
 from bridge.pacing import Ticks
+from fieldtune.aside import Aside
 from fieldtune.commands.common import Config, Json, Set, account, endpoint, out, print_json, warn
 from fieldtune.deployment import load_deployment
 from fieldtune.keyboard import keys
@@ -55,7 +56,6 @@ def drive(
     deployment = load_deployment(config, overrides)
     stop = stop_on_signals()
     backend = make_backend(deployment.backend)
-    guard = Guard(backend, deployment.bridge.safety, warn=warn)
     secret = Path(deployment.bridge.keys) if deployment.bridge.keys else None
     client_name = name or f"{socket.gethostname()}-{os.getpid()}"
 
@@ -72,23 +72,26 @@ def drive(
     def connect() -> PolicyClient:
         return PolicyClient(address, client=client_name, timeout_s=TELL_S, keys=secret)
 
-    with (
-        RobotKeys(guard, connect, name=client_name, who=account(), warn=warn) as robot_keys,
-        PolicyClient(address, client=client_name, timeout_s=deployment.bridge.request_timeout_s, keys=secret) as client,
-        keys(robot_keys.handle, STDIN) as terminal,
-    ):
-        if terminal:
-            warn(HELP)
-        summary = run_drive(
-            backend,
-            client,
-            deployment.bridge,
-            stopped=stop.is_set,
-            report=report,
-            warn=warn,
-            episodes=episodes,
-            guard=guard,
-        )
+    with Aside(warn) as say:  # the guard must not wait for a terminal
+        guard = Guard(backend, deployment.bridge.safety, warn=say)
+        timeout_s = deployment.bridge.request_timeout_s
+        with (
+            RobotKeys(guard, connect, name=client_name, who=account(), warn=say) as robot_keys,
+            PolicyClient(address, client=client_name, timeout_s=timeout_s, keys=secret) as client,
+            keys(robot_keys.handle, STDIN) as terminal,
+        ):
+            if terminal:
+                say(HELP)
+            summary = run_drive(
+                backend,
+                client,
+                deployment.bridge,
+                stopped=stop.is_set,
+                report=report,
+                warn=say,
+                episodes=episodes,
+                guard=guard,
+            )
     if as_json:
         print_json(summary)
     else:

@@ -91,6 +91,31 @@ def test_a_robot_that_cannot_judge_leaves_it_open_unless_somebody_says() -> None
     assert report is not None and report.status == "success"
 
 
+def test_what_is_said_after_the_last_step_still_counts() -> None:
+    client = FakeClient()
+    backend = FakeBackend(spec=replace(SPEC, judges=False))
+    guard = Guard(backend, SafetyConfig(), warn=lambda message: None)
+    observe = backend.observe
+
+    def late() -> Observation:
+        if len(backend.applied) == TASK.horizon_steps:
+            assert guard.finish("success") == TASK.episode
+        return observe()
+
+    backend.observe = late  # type: ignore[method-assign]
+    report = EpisodeLoop(backend, client, WELCOME, TASK, guard, lambda: False, BridgeConfig()).run()
+    assert report is not None and report.status == client.ends[0][0].status == "success"
+    assert client.ends[0][0].reason == "marked by the operator"
+
+
+@pytest.mark.parametrize("observation", [None, Observation({}, None), Observation({}, "nothing")])  # type: ignore[arg-type]
+def test_an_observation_that_is_none_is_an_error_of_the_backend(observation: Any) -> None:
+    backend = FakeBackend()
+    backend.observe = lambda: observation  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="what fake observes is not as its spec says"):
+        run(backend, FakeClient())
+
+
 def spoiled(**changes: Any) -> FakeClient:
     """The second chunk is wrong."""
 

@@ -20,7 +20,7 @@ from bridge.backend import Backend, BackendError
 from bridge.client import PolicyClient, RefusedError, SilentError
 from bridge.config import BridgeConfig
 from bridge.control import EpisodeReport
-from bridge.drive import MAX_FAILURES, DriveSummary, drive
+from bridge.drive import MAX_FAILURES, MAX_FAULTS, DriveSummary, drive
 from bridge.guard import Guard
 from bridge.messages import Assignment, Operate, Operated, WireError
 
@@ -435,6 +435,77 @@ def test_a_driver_that_raises_an_error_of_its_own_costs_the_episode_and_not_the_
     assert worker.join().episodes == 1
     told = [f"point: OSError: [Errno 5] {name}" for name in ("observe", "reset", "connect", "close")]
     assert [warning.split("; ")[0] for warning in worker.warnings[:4]] == [*told[:3], f"stopped: {told[3]}"]
+
+
+class Unplugged(WatchedRobot):
+    """Whatever is called raises while its cable is out."""
+
+    out = False
+
+    def _try(self, name: str) -> None:
+        self.calls.append(name)
+        if self.out:
+            raise OSError(19, "No such device")
+
+    def connect(self) -> None:
+        self._try("connect")
+
+    def reset(self, task: str, seed: int) -> None:
+        self._try("reset")
+        self.backend.reset(task, seed)
+
+    def observe(self) -> Any:
+        self._try("observe")
+        return self.backend.observe()
+
+    def stop(self) -> None:
+        self._try("stop")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_cable_that_was_out_is_connected_anew_after_a_reset_and_not_in_silence_before(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.drive.FAULT_PAUSE_S", 0.01)
+    serving = serve(horizon_steps=1_000_000)
+    operator = serving.client()
+    robot = Unplugged(point)
+    worker = work(serving.endpoint, backend=robot)
+    until(lambda: serving.status()["decisions"] > 1, "the robot to drive")
+    robot.out = True
+    until(lambda: worker.guard.state[0] == "stopping", "the stop that cannot be confirmed")
+    connects = robot.calls.count("connect")
+    operator.request(Operate(command="reset"), Operated)
+    until(lambda: worker.guard.state[0] == "stopping", "the fourth failure to connect")
+    assert robot.calls.count("connect") - connects == MAX_FAULTS + 1
+    assert sum("No such device; the episode is given up" in warning for warning in worker.warnings) == MAX_FAULTS
+    robot.out = False
+    until(lambda: worker.guard.state[0] == "stopped", "the stop")
+    connects = robot.calls.count("connect")
+    operator.request(Operate(command="reset"), Operated)
+    until(lambda: worker.guard.state[0] == "driving", "the robot to drive again")
+    assert robot.calls.count("connect") == connects + 1
+
+
+def test_after_a_fault_somebody_has_to_say_again_that_the_scene_is_ready(
+    serve: Any, work: Start, point: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bridge.drive.FAULT_PAUSE_S", 0.01)
+    robot = Unplugged(point)
+    worker = work(serve(horizon_steps=6).endpoint, backend=robot, wait_for_scene=True)
+
+    def waits() -> bool:
+        return worker.guard.state[1].startswith("for the scene of reach")
+
+    until(waits, "the robot to wait for the scene")
+    robot.out = True
+    worker.guard.pause(False)
+    until(lambda: "reset" in robot.calls, "the way home")
+    robot.out = False
+    until(lambda: waits() or bool(worker.guard.stopped), "what becomes of it")
+    assert robot.calls.count("reset") == 1
 
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(serve: Any, work: Start, fake_policy: Any) -> None:

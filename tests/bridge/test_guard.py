@@ -1,7 +1,9 @@
 """The guard: the dead-man with a clock of the test's own, the latched stop, and the operator's wishes."""
 
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,10 @@ import pytest
 from guarded import ROBOT, Clock, Robot, f32
 from msgspec.structs import replace
 
-from bridge.backend import BackendError, Float32
+from bridge.backend import BackendError, Float32, Outcome
 from bridge.config import BridgeConfig, SafetyConfig
 from bridge.control import EpisodeLoop
+from bridge.device import STOP_S
 from bridge.guard import Guard, StoppedError
 from bridge.messages import Assignment, Chunk, EndEpisode, Infer, Orders, Welcome
 from bridge.safety import CHUNK_AGE, FIRST_JUMP, HELD, HOLD, RATE
@@ -298,8 +301,8 @@ def test_a_backend_that_cannot_stop_is_asked_until_it_does() -> None:
     assert told[2:] == ["stopped now"], "once, and not with every tick"
 
 
-def test_a_stop_that_does_not_return_keeps_nobody_and_is_repeated_once_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.device.STOP_S", 0.05)
+def test_a_stop_that_does_not_return_keeps_nobody_and_counts_once_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.guard.REST_S", 0.05)
     go = threading.Event()
     g = Guarded(Robot(on={"stop": lambda: None if go.is_set() else _waited(go)}))
     g.begin()
@@ -322,7 +325,88 @@ def test_a_stop_that_does_not_return_keeps_nobody_and_is_repeated_once_it_has(mo
         if thread.name == "stop":
             thread.join(ENOUGH_S)
     g.guard.tick()
-    assert g.robot.calls == ["stop", "close", "stop"] and g.guard.state == ("stopped", "again")
+    assert g.robot.calls == ["stop", "close"] and g.guard.state == ("stopped", "again"), "nothing was sent since"
+    assert g.guard.reconnect, "it was reset before it had confirmed its stop"
+    g.guard.reset()
+    g.begin("e3")
+
+
+def test_a_slow_stop_is_waited_for_between_episodes_and_counts_once_it_has_returned() -> None:
+    slow = STOP_S + 0.3
+    g = Guarded(Robot(on={"stop": lambda: time.sleep(slow)}))
+    g.begin()
+    g.guard.rest(stop=True)
+    assert not g.guard.stopped and g.robot.calls == ["stop"]
+    g.begin()
+    g.guard.stop("a hand")
+    assert g.guard.state == ("stopping", "a hand; cannot stop: stop() of fake has not returned")
+    deadline_s = time.monotonic() + ENOUGH_S
+    while g.guard.state[0] == "stopping":
+        assert time.monotonic() < deadline_s
+        g.guard.tick()
+    assert g.guard.state == ("stopped", "a hand") and g.robot.calls == ["stop"]
+
+
+def test_a_stop_that_was_called_before_an_action_went_out_does_not_count() -> None:
+    stops, sends = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        if g.robot.calls.count("stop") == 1:
+            stops.set()
+            _waited(sends)
+
+    g = Guarded(Robot(on={"stop": stop, "apply": lambda: _waited(stops)}))
+    g.begin()
+
+    def act() -> None:
+        with suppress(StoppedError):
+            g.guard.apply(STILL)
+
+    loop = threading.Thread(target=act)
+    loop.start()
+    guard = threading.Thread(target=g.guard.stop, args=("a hand",))
+    guard.start()
+    while "apply" not in g.robot.calls or g.robot.applied == []:
+        time.sleep(0.01)
+    sends.set()
+    guard.join(ENOUGH_S)
+    loop.join(ENOUGH_S)
+    assert g.robot.calls[:2] == ["apply", "stop"] and g.robot.calls.count("stop") >= 2
+    assert g.guard.state == ("stopped", "a hand")
+
+
+def test_a_robot_is_stopped_though_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    g = Guarded()
+    g.begin()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    g.guard.stop("a hand")
+    assert g.robot.calls == ["stop"] and g.guard.state == ("stopped", "a hand")
+
+
+def test_an_episode_does_not_begin_while_a_hold_of_the_dead_man_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.device.STOP_S", 0.05)
+    hangs, go = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        _waited(go)
+
+    g = Guarded(Robot(on={"apply": hang}))
+    g.begin()
+    g.guard.waiting()
+    g.clock.work(0.6)
+    g.guard.tick()
+    assert hangs.wait(ENOUGH_S)
+    g.guard.stop("a hand")
+    g.guard.reset()
+    with pytest.raises(BackendError, match="a call of fake has not returned"):
+        g.begin("e2")
+    go.set()
+    g.tick()
+    g.begin("e2")
 
 
 def test_a_stop_ends_the_wait_of_a_loop_for_a_hold_that_hangs() -> None:
@@ -484,6 +568,33 @@ def test_a_robot_that_is_being_reset_says_so_whatever_was_ordered() -> None:
 
     g.guard.begin("e1", reset)
     assert [*states, g.guard.state[0]] == ["resetting", "paused"] and not g.guard.ending
+
+
+def test_before_the_policy_has_moved_the_robot_a_key_is_for_the_episode_before() -> None:
+    g = Guarded()
+    g.begin()
+    g.guard.hold()
+    assert g.guard.finish("success") == "" and not g.guard.ending
+    g.guard.apply(STILL)
+    assert g.guard.finish("success") == "e1" and g.guard.ending == "success"
+    assert g.guard.rest(stop=True, ended="e1") == "success"
+    assert g.guard.finish("failure") == "" and g.guard.ended == "e1"
+    g.begin("e2")
+    assert not g.guard.ending and g.guard.ended == "e1"
+    g.guard.rest(stop=True)
+    assert not g.guard.ended, "given up"
+
+
+@pytest.mark.parametrize("sent", [f32(0), f32(0, np.nan), "nothing"])
+def test_what_a_driver_says_it_has_sent_is_checked(sent: Any) -> None:
+    g = Guarded()
+    g.begin()
+    g.robot.apply = lambda action: sent  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="fake"):
+        g.guard.apply(STILL)
+    g.robot.outcome = lambda: Outcome("running", float("nan"))  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="reward of nan"):
+        g.guard.outcome()
 
 
 def test_the_runtimes_orders_stop_pause_reset_and_end() -> None:

@@ -533,6 +533,12 @@ def test_errors_of_the_far_backend_come_back_with_their_text_and_end_nothing(sta
     wrong.state = np.array(["x", "y"])
     with pytest.raises(BackendError, match=r"<U1 does not travel"):
         remote.observe()
+    wrong.state = None
+    with pytest.raises(BackendError, match="object does not travel"):
+        remote.observe()
+    far.robot.observe = lambda: None
+    with pytest.raises(BackendError, match="AttributeError"):
+        remote.observe()
     far.robot.apply = lambda action: np.zeros(3)
     with pytest.raises(BackendError, match=r"not float32 \[2\]"):
         remote.apply(np.zeros(2, np.float32))

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,17 @@ import pytest
 import yaml
 
 from bridge.backend import Backend
+from bridge.backends.point import Point, PointOptions
 from bridge.client import PolicyClient
-from bridge.config import BridgeConfig
+from bridge.config import BridgeConfig, SafetyConfig
 from bridge.guard import Guard
-from bridge.messages import Orders, Watch
+from bridge.messages import Judge, Judged, Orders, Watch
 from bridge.watch import Watcher
+from fieldtune.aside import Aside
 from fieldtune.cli import run
 from fieldtune.commands.common import account
 from fieldtune.keyboard import keys
+from fieldtune.robot_keys import RobotKeys
 from runtime.episodes import EpisodeLog
 from runtime.index import EpisodeIndex, EpisodeRow
 
@@ -302,3 +306,62 @@ def test_the_keys_of_drive_stop_reset_and_judge(serve: Any, deployment: Any, fak
         ("failure", "ended by the operator"),
     ]
     assert rows[2].labelled_by == who
+
+
+def test_no_key_freezes_the_robots_process_and_a_lost_terminal_ends_the_reading() -> None:
+    master, terminal = pty.openpty()
+    seen: list[str] = []
+    with keys(seen.append, terminal) as there:
+        assert there
+        os.write(master, b"\x1a\x13s")  # Ctrl-Z and Ctrl-S
+        until(lambda: "s" in seen, "the keys")
+        assert seen == ["\x1a", "\x13", "s"]
+        reader = next(thread for thread in threading.enumerate() if thread.name == "keys")
+        os.close(master)
+        until(lambda: not reader.is_alive(), "the reading to end")
+    os.close(terminal)
+
+
+def test_whoever_guards_a_robot_does_not_wait_for_a_terminal() -> None:
+    go, said = threading.Event(), list[str]()
+
+    def say(message: str) -> None:
+        assert go.wait(ENOUGH_S)
+        said.append(message)
+
+    with Aside(say) as aside:
+        for number in range(5):
+            aside(str(number))
+        assert not said
+        go.set()
+    assert said == ["0", "1", "2", "3", "4"]
+    with Aside(lambda message: [][0]) as aside:  # type: ignore[index, return-value]
+        aside("what cannot be said is lost")
+
+
+def test_a_label_key_that_is_held_down_labels_once() -> None:
+    labels: list[str] = []
+    go = threading.Event()
+
+    class Client:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def request(self, message: Judge, kind: Any) -> Any:
+            labels.append(message.label)
+            assert go.wait(ENOUGH_S)
+            return Judged(episode=message.episode, status=message.label), {}
+
+    said: list[str] = []
+    guard = Guard(Point(PointOptions(size_px=8)), SafetyConfig(), warn=said.append)
+    with RobotKeys(guard, Client, name="arm", who="ada", warn=said.append) as robot_keys:  # type: ignore[arg-type]
+        robot_keys.handle("s")
+        guard.ended = "e1"
+        for key in "sssfff":
+            robot_keys.handle(key)
+        go.set()
+    assert labels == ["success", "failure"]
+    assert said[0] == "success: no episode has ended here that could be judged"
+    assert said[1:] == ["episode e1 counts as success, says ada", "episode e1 counts as failure, says ada"]

@@ -38,7 +38,7 @@ class Bridge:
     """The connection on which a bridge watches for orders."""
 
     def __init__(self, endpoint: str, client: str, session: str) -> None:
-        self.client, self.session = client, session
+        self.client, self.session, self.bridge = client, session, client
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = connect_dealer(self._context, endpoint, None)
         self._request = 0
@@ -48,7 +48,7 @@ class Bridge:
         self._request += 1
         beat = Watch(
             request=self._request,
-            bridge=self.client,
+            bridge=self.bridge,
             client=self.client,
             session=self.session,
             state=state,
@@ -350,6 +350,25 @@ def test_next_episode_still_needs_a_session_while_all_is_stopped(scene: Callable
     s.operate("stop")
     with pytest.raises(RefusedError, match="say hello first"):
         s.tool.ask(NextEpisode(session="nobody"))
+
+
+def test_a_stop_outlives_runtime_and_bridge_as_long_as_one_of_them_lives(scene: Callable[..., Scene]) -> None:
+    s = scene()
+    assert not s.bridge.beat("driving").stopped
+    # A runtime that was started anew hears of the stop from the bridge, and the next bridge of the robot from it.
+    s.bridge.beat("stopped", "a hand")
+    later = Bridge(s.serving.endpoint, "arm", "")
+    later.bridge = "another process"
+    assert later.beat("idle").stopped == "a hand"
+    assert later.beat("idle").stopped == "a hand"
+    s.operate("reset")
+    assert later.orders().reset
+    assert not later.beat("idle").stopped
+    later.close()
+    third = Bridge(s.serving.endpoint, "arm", "")
+    third.bridge = "a third process"
+    assert not third.beat("idle").stopped
+    third.close()
 
 
 def test_an_episode_that_has_ended_is_judged_and_one_that_is_not_stored_is_refused(
