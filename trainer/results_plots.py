@@ -45,12 +45,13 @@ def windows(episodes: Sequence[TrainingEpisode], x: Sequence[float], kind: Kind,
     found = []
     for start in range(0, len(judged) - size + 1, size):
         part = judged[start : start + size]
-        won = [episode.steps for episode, _ in part if episode.success]
+        steps = [episode.steps if episode.success else None for episode, _ in part]
+        won = sum(episode.success is True for episode, _ in part)
         end = part[-1][1]
         if kind == "success":
-            found.append(Window(end, len(won) / size, *wilson(len(won), size)))
+            found.append(Window(end, won / size, *wilson(won, size)))
         elif won:
-            mean, interval = mean_interval([won])
+            mean, interval = mean_interval([steps])
             assert mean is not None
             found.append(Window(end, mean, *(interval or (mean, mean))))
     return found

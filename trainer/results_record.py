@@ -15,7 +15,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from runtime.durable import write_atomic
-from trainer.results_data import Contestant, ResultsError
+from trainer.results_data import Contestant, ResultsError, on_goals
+from trainer.statistics import Evaluation
 
 FORMAT = 1
 SUFFIX = ".json.gz"
@@ -55,4 +56,14 @@ def read_record(path: Path) -> Contestant:
         contestant = msgspec.json.decode(content, type=Record).contestant
     except (OSError, EOFError, zlib.error, msgspec.DecodeError) as error:
         raise ResultsError(f"{path} is not the record of a run that `fieldtune report` has written: {error}") from None
-    return replace(contestant, run=replace(contestant.run, name=path.name.removesuffix(SUFFIX)))
+    run = contestant.run
+    held_out = tuple(replace(held, before=_anew(held.before), after=_anew(held.after)) for held in run.held_out)
+    named = replace(run, name=path.name.removesuffix(SUFFIX), before=_anew(run.before), after=_anew(run.after))
+    return replace(contestant, run=replace(named, held_out=held_out), expert=_anew(contestant.expert))
+
+
+def _anew(evaluation: Evaluation | None) -> Evaluation | None:
+    """Its figures are those of this fieldtune, not of the one that wrote them."""
+    if evaluation is None:
+        return None
+    return on_goals(evaluation, [(trial.task, trial.seed) for trial in evaluation.trials])

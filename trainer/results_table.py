@@ -150,8 +150,9 @@ def _ratio_line(group: Sequence[Contestant]) -> Line:
     return Line("steps over successes against SFT", "ratio", None, _figure(ratios, intervals), PAPER_RATIO)
 
 
-def _step_groups(evaluation: Evaluation) -> list[list[int]]:
-    return [[t.steps for t in evaluation.trials if t.task == task and t.success] for task in evaluation.tasks]
+def _step_groups(evaluation: Evaluation) -> list[list[int | None]]:
+    trials = evaluation.trials
+    return [[t.steps if t.success else None for t in trials if t.task == task] for task in evaluation.tasks]
 
 
 def _figure(values: Sequence[float | None], within: Sequence[Interval | None]) -> Figure | None:

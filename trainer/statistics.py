@@ -1,7 +1,8 @@
 """What an evaluation says, with how sure it is: success, steps to success, and two evaluations compared goal by goal.
 
 Intervals of a success rate are Wilson's, intervals of mean steps are percentile bootstraps that resample goals within
-each task (the tasks are fixed, the goals are a sample). Everything is deterministic: the resampling has a fixed seed.
+each task (the tasks are fixed, the goals are a sample), those that failed too. Everything is deterministic: the
+resampling has a fixed seed.
 """
 
 from __future__ import annotations
@@ -141,30 +142,33 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return (0.0 if successes == 0 else max(0.0, centre - half), 1.0 if successes == n else min(1.0, centre + half))
 
 
-def mean_interval(groups: Sequence[Sequence[float]], confidence: float = 0.95) -> tuple[float | None, Interval | None]:
-    """Mean over all values and its percentile bootstrap interval, resampled within each group.
+def mean_interval(
+    groups: Sequence[Sequence[float | None]], confidence: float = 0.95
+) -> tuple[float | None, Interval | None]:
+    """Mean over all values and its percentile bootstrap interval, goals resampled within each group.
 
-    The mean is None without a value, the interval None with fewer than two.
+    A goal without a value (it failed, and steps to success are asked for) is None: which goals have one is by chance
+    too, and with it the weight of each group. The mean is None without a value, the interval None with fewer than two.
     """
-    arrays = [np.asarray(group, np.float64) for group in groups if len(group)]
-    n = sum(len(array) for array in arrays)
+    arrays = _arrays(groups)
+    n = sum(int(np.isfinite(array).sum()) for array in arrays)
     if n == 0:
         return None, None
-    mean = float(sum(array.sum() for array in arrays) / n)
+    mean = float(sum(np.nansum(array) for array in arrays) / n)
     if n < 2:
         return mean, None
     return mean, _middle(_resampled_means(arrays, RESAMPLING_SEED), confidence)
 
 
 def ratio_interval(
-    above: Sequence[Sequence[float]], below: Sequence[Sequence[float]], confidence: float = 0.95
+    above: Sequence[Sequence[float | None]], below: Sequence[Sequence[float | None]], confidence: float = 0.95
 ) -> Interval | None:
-    """Bootstrap interval of mean(above) / mean(below), each resampled within its groups; None where one has no value.
+    """Bootstrap interval of mean(above) / mean(below), each as in `mean_interval`; None where one has no value.
 
     The two are resampled apart, so what they have in common is not used and the interval is on the wide side.
     """
-    arrays = [[np.asarray(group, np.float64) for group in groups if len(group)] for groups in (above, below)]
-    if not all(arrays):
+    arrays = [_arrays(groups) for groups in (above, below)]
+    if not all(any(np.isfinite(array).any() for array in groups) for groups in arrays):
         return None
     means = [_resampled_means(groups, RESAMPLING_SEED + i) for i, groups in enumerate(arrays)]
     return _middle(means[0] / means[1], confidence)
@@ -183,17 +187,25 @@ def t_interval(values: Sequence[float]) -> Interval | None:
     return float(array.mean()) - half, float(array.mean()) + half
 
 
+def _arrays(groups: Sequence[Sequence[float | None]]) -> list[NDArray[np.float64]]:
+    """NaN stands for no value."""
+    return [np.array(group, np.float64) for group in groups if len(group)]
+
+
 def _resampled_means(arrays: Sequence[NDArray[np.float64]], seed: int) -> NDArray[np.float64]:
-    """Means over all values of `RESAMPLES` draws with replacement within each array."""
+    """Means over the values in each of `RESAMPLES` draws with replacement within each array; NaN without one."""
     rng = np.random.default_rng(seed)
     totals: NDArray[np.float64] = np.zeros(RESAMPLES)
+    counts: NDArray[np.float64] = np.zeros(RESAMPLES)
     for array in arrays:
-        totals += array[rng.integers(len(array), size=(RESAMPLES, len(array)))].sum(axis=1)
-    return totals / sum(len(array) for array in arrays)
+        drawn = array[rng.integers(len(array), size=(RESAMPLES, len(array)))]
+        totals += np.nansum(drawn, axis=1)
+        counts += np.isfinite(drawn).sum(axis=1)
+    return totals / np.where(counts > 0, counts, np.nan)
 
 
 def _middle(values: NDArray[np.float64], confidence: float) -> Interval:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.nanquantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -275,9 +287,9 @@ def compare(before: Evaluation, after: Evaluation) -> Comparison:
     both = [(a, b) for a, b in pairs if a.success and b.success]
     gained = sum(b.success and not a.success for a, b in pairs)
     lost = sum(a.success and not b.success for a, b in pairs)
-    differences: dict[str, list[float]] = defaultdict(list)
-    for a, b in both:
-        differences[a.task].append(b.steps - a.steps)
+    differences: dict[str, list[float | None]] = defaultdict(list)
+    for a, b in pairs:
+        differences[a.task].append(b.steps - a.steps if a.success and b.success else None)
     difference, interval = mean_interval(list(differences.values()), after.confidence)
     steps_before = sum(a.steps for a, _ in both)
     return Comparison(
@@ -301,10 +313,12 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def result_of(groups: list[list[Trial]], aborted: int, horizon_steps: int, confidence: float = 0.95) -> Result:
-    """Success and steps of these trials together; steps are resampled within each group."""
+    """Success and steps of these trials together; goals are resampled within each group."""
     trials = [trial for group in groups for trial in group]
     successes = sum(trial.success for trial in trials)
-    steps, steps_interval = mean_interval([[t.steps for t in group if t.success] for group in groups], confidence)
+    steps, steps_interval = mean_interval(
+        [[t.steps if t.success else None for t in group] for group in groups], confidence
+    )
     steps_all, steps_all_interval = mean_interval(
         [[t.steps if t.success else horizon_steps for t in group] for group in groups], confidence
     )

@@ -60,7 +60,29 @@ def test_bootstrap_agrees_with_the_normal_interval_and_keeps_tasks_apart() -> No
     # Two tasks of very different length, each without spread: nothing is uncertain.
     assert mean_interval([[20.0] * 5, [100.0] * 5]) == (60.0, (60.0, 60.0))
     assert mean_interval([[], [7.0]]) == (7.0, None)
+    # With goals that have no value, the weights of the tasks are uncertain too: 2 of 4 against 4 of 4 weigh
+    # 100 with 1/3 on average, and anything from 0 to 1/2 is drawn.
+    mean, interval = mean_interval([[20.0] * 4, [100.0, 100.0, None, None]])
+    assert mean == pytest.approx(140 / 3)
+    assert interval == pytest.approx((20.0, 60.0))
+    assert mean_interval([[None, None]]) == (None, None) and mean_interval([[None, 5.0]]) == (5.0, None)
     assert mean_interval([]) == (None, None)
+
+
+def test_the_interval_of_steps_covers_what_it_says_where_tasks_succeed_differently() -> None:
+    rng = np.random.default_rng(7)
+    rates, lengths = np.linspace(0.4, 1.0, 10), np.linspace(30, 110, 10)
+    truth = float((rates * lengths).sum() / rates.sum())
+    covered = 0
+    for _ in range(150):
+        won = rng.random((10, 50)) < rates[:, None]
+        steps = rng.normal(lengths[:, None], 5.0, (10, 50))
+        _, interval = mean_interval(
+            [[s if w else None for s, w in zip(*task, strict=True)] for task in zip(steps, won, strict=True)]
+        )
+        assert interval is not None
+        covered += interval[0] <= truth <= interval[1]
+    assert 135 <= covered <= 150, "95 % of 150, within what chance allows"
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
