@@ -213,6 +213,11 @@ class EpisodeIndex:
                 (taken_through_seq, taken_labels),
             )
 
+    def hold_too(self, episodes: Iterable[str]) -> None:
+        """These stay, too, until the next `hold`: somebody is about to read them."""
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(episode,) for episode in episodes])
+
     # --- labels ---------------------------------------------------------------------------------------------------
 
     def label(self, episode: str, label: Label, who: str) -> EpisodeRow:

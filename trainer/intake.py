@@ -140,7 +140,10 @@ class Intake:
             return []
         self._labels = labels[-1].number
         self._awaited |= {label.episode for label in labels if label.awaited}
-        rows = [self._index.get(episode) for episode in dict.fromkeys(label.episode for label in labels)]
+        episodes = [*dict.fromkeys(label.episode for label in labels)]
+        # The buffer may take in what was learned from long ago, and the file must last until it is held for that.
+        self._index.hold_too(episodes)
+        rows = [self._index.get(episode) for episode in episodes]
         return [row for row in rows if row is not None and row.seq <= newest]
 
     def _was_taken(self, row: EpisodeRow) -> bool:
