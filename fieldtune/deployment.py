@@ -85,6 +85,14 @@ def load_deployment(name_or_path: str, overrides: Sequence[str] = ()) -> Deploym
     # The run keeps its configuration as JSON, which has no such numbers.
     for where, number in _not_finite(msgspec.to_builtins(deployment), "$"):
         raise ConfigError(f"{path}: {where}: expected a finite number (found {number})")
+    # A trainer that starts again reads the bundles of the versions that it may learn from. Besides those that are kept
+    # there are always the live one and the one before it.
+    oldest, kept = deployment.trainer.max_staleness_versions, deployment.runtime.keep_versions
+    if oldest > kept + 1:
+        raise ConfigError(
+            f"{path}: $.trainer.max_staleness_versions: is {oldest}, but $.runtime.keep_versions {kept} keeps the "
+            f"bundles of versions up to {kept + 1} older than the live one; make the first smaller or the second larger"
+        )
     return deployment
 
 

@@ -76,4 +76,5 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     and 3/2 of an equal share."""
     deploy: DeployConfig = DeployConfig()
     keep_versions: Count = 20
-    """Bundles of retired versions kept on disk for rollback; the registry remembers all."""
+    """Bundles of retired versions kept on disk for rollback; the registry remembers all. At least
+    `trainer.max_staleness_versions` less one."""

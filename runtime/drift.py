@@ -12,7 +12,8 @@ all alarms together stay below what `DriftRule` allows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -120,6 +121,8 @@ class DriftMonitor:
         }
         self.names = frozenset(directions)
         self._values: dict[str, list[float]] = {name: [] for name in directions}
+        self._ordered: dict[str, list[float]] = {name: [] for name in directions}
+        """The same, sorted."""
         self.drifts: list[Drift] = []
         """All alarms, oldest first; each statistic and direction gives one at most."""
         self.episodes = 0
@@ -135,14 +138,14 @@ class DriftMonitor:
         self.episodes += 1
         raised = []
         for name, value in statistics.items():
-            values = self._values[name]
+            values, ordered = self._values[name], self._ordered[name]
             values.append(value)
+            insort(ordered, value)
             if len(values) <= self.rule.record_episodes:
                 continue
-            seen = np.array(values)
             for watch in self._watched[name]:
-                if not watch.alarmed and watch.step(seen):
-                    record, recent = seen[: self.rule.record_episodes].mean(), seen[-RECENT:].mean()
+                if not watch.alarmed and watch.step(ordered, value):
+                    record, recent = np.mean(values[: self.rule.record_episodes]), np.mean(values[-RECENT:])
                     raised.append(Drift(name, watch.direction, self.episodes, float(record), float(recent)))
         self.drifts += raised
         return raised
@@ -155,16 +158,21 @@ class DriftMonitor:
         }
 
 
-def rank_bet(values: NDArray[np.float64], direction: Direction, worst: float | None = None) -> NDArray[np.float64]:
-    """e-value of the last of `values` `[n]` being extreme among all of them, for each of `POWERS`.
+def rank_bet(
+    ordered: Sequence[float], last: float, direction: Direction, worst: float | None = None
+) -> NDArray[np.float64]:
+    """e-value of `last` being extreme among all values seen, for each of `POWERS`. `ordered` are these values, sorted,
+    `last` among them.
 
     Ties are shared out: the bet is the mean over all ranks that the value may be said to have. `worst` counts as if it
-    had been seen once. Over the n values, each put last in its turn, the mean is exactly 1, with `worst` at most 1.
+    had been seen once. Over n values, each the last in its turn, the mean is exactly 1, with `worst` at most 1.
     """
-    seen = values if worst is None else np.append(worst, values)
-    signed = seen if direction == "fell" else -seen
-    low = np.count_nonzero(signed < signed[-1]) / len(seen)
-    high = np.count_nonzero(signed <= signed[-1]) / len(seen)
+    less, more = bisect_left(ordered, last), len(ordered) - bisect_right(ordered, last)
+    count = len(ordered)
+    if worst is not None:
+        less, more, count = less + (worst < last), more + (worst > last), count + 1
+    beyond, behind = (less, more) if direction == "fell" else (more, less)
+    low, high = beyond / count, (count - behind) / count
     # The integral of k p^(k - 1) from low to high, over its width.
     return np.asarray((high**POWERS - low**POWERS) / (high - low))
 
@@ -180,8 +188,8 @@ class _Watch:
     def alarmed(self) -> bool:
         return bool(self.sums.mean() >= self.needed)
 
-    def step(self, values: NDArray[np.float64]) -> bool:
-        self.sums = (1 + self.sums) * rank_bet(values, self.direction, self.worst)
+    def step(self, ordered: Sequence[float], last: float) -> bool:
+        self.sums = (1 + self.sums) * rank_bet(ordered, last, self.direction, self.worst)
         return self.alarmed
 
 

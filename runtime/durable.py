@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,8 @@ import msgspec
 from bridge.errors import FieldtuneError
 
 LOCK = "lock"
+MINUTE_S, HOUR_S = 60.0, 3600.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 def sync_file(path: Path) -> None:
@@ -63,7 +67,8 @@ class ClaimedError(FieldtuneError):
 
 
 def claim(directory: Path) -> IO[str]:
-    """Lock a directory, which must exist, for this process; the lock goes with the file, or with the process.
+    """Lock a directory, which must exist, for this process; the lock goes with the file, or with the process. What an
+    owner that was killed left half-written is removed.
 
     Raises `ClaimedError` if another has it.
     """
@@ -83,6 +88,8 @@ def claim(directory: Path) -> IO[str]:
     except OSError:
         file.close()
         raise
+    # Others may write a small file beside the owner's, which takes no minute.
+    remove_leftovers(directory, MINUTE_S)
     return file
 
 
@@ -120,6 +127,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(path.parent)
+
+
+def remove_leftovers(directory: Path, older_than_s: float) -> None:
+    """Remove what processes that were killed left half-written in a directory, if it is older than that."""
+    newest_unix_s = time.time() - older_than_s
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        with suppress(OSError):  # its owner lives, or it can be removed another time
+            if path.stat().st_mtime > newest_unix_s:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _temporary(path: Path) -> Path:

@@ -33,6 +33,8 @@ _SCHEMA = (
         number INTEGER PRIMARY KEY AUTOINCREMENT, episode TEXT NOT NULL, label TEXT NOT NULL, who TEXT NOT NULL,
         unix_s REAL NOT NULL)""",
     "CREATE INDEX IF NOT EXISTS labels_of ON labels (episode)",
+    # Rows of files that a recovery has read and not added yet, as JSON: they get their seq together, in order.
+    "CREATE TABLE IF NOT EXISTS recovered (episode TEXT PRIMARY KEY, row TEXT NOT NULL)",
     # An episode as it counts: its last label is above what the robot said.
     """CREATE VIEW IF NOT EXISTS rated AS SELECT
         seq, e.episode, file, task, seed, source, explore,
@@ -125,7 +127,7 @@ class EpisodeIndex:
         """`directory` is that of the log."""
         self.directory = directory
         self._labels = directory / "labels.jsonl"
-        self._database = Database(directory / "index.sqlite", _SCHEMA, version=3)
+        self._database = Database(directory / "index.sqlite", _SCHEMA, version=4)
 
     def after(self, seq: int, limit: int = 1000) -> builtins.list[EpisodeRow]:
         """The first `limit` rows above `seq`, in order; all statuses, deleted ones too."""
@@ -211,6 +213,11 @@ class EpisodeIndex:
                 (taken_through_seq, taken_labels),
             )
 
+    def hold_too(self, episodes: Iterable[str]) -> None:
+        """These stay, too, until the next `hold`: somebody is about to read them."""
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR IGNORE INTO held VALUES (?)", [(episode,) for episode in episodes])
+
     # --- labels ---------------------------------------------------------------------------------------------------
 
     def label(self, episode: str, label: Label, who: str) -> EpisodeRow:
@@ -245,15 +252,25 @@ class EpisodeIndex:
 
     def add(self, rows: Sequence[EpisodeRow]) -> None:
         """Add rows in one transaction, in their order; the index gives the seq. An episode known already stays."""
-        values = [
-            tuple(
-                msgspec.json.encode(v).decode() if isinstance(v, tuple) else v
-                for v in msgspec.structs.astuple(row)[1:-1]
-            )
-            for row in rows
-        ]
         with self._database.transaction() as connection:
-            connection.executemany(_INSERT, values)
+            connection.executemany(_INSERT, map(_values, rows))
+
+    def note_recovered(self, rows: Sequence[EpisodeRow]) -> None:
+        """Keep rows for a recovery that has not read all files yet; they are not in the index by that."""
+        values = [(row.episode, msgspec.json.encode(row).decode()) for row in rows]
+        with self._database.transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO recovered VALUES (?, ?)", values)
+
+    def recovered(self) -> dict[str, EpisodeRow]:
+        """What `note_recovered` has kept, by episode."""
+        found = self._database.rows("SELECT episode, row FROM recovered")
+        return {episode: msgspec.json.decode(row, type=EpisodeRow) for episode, row in found}
+
+    def add_recovered(self, rows: Sequence[EpisodeRow]) -> None:
+        """As `add`, and what `note_recovered` has kept is not needed any more. Nobody ever sees a part of them."""
+        with self._database.transaction() as connection:
+            connection.executemany(_INSERT, map(_values, rows))
+            connection.execute("DELETE FROM recovered")
 
     def restore_labels(self) -> None:
         """Take in the labels of the file that are not in the index: all of them in one that was made anew."""
@@ -307,6 +324,13 @@ class EpisodeIndex:
 
 def _mark_deleted(connection: Any, episodes: Iterable[str]) -> None:
     connection.executemany("UPDATE episodes SET deleted = 1 WHERE episode = ?", [(episode,) for episode in episodes])
+
+
+def _values(row: EpisodeRow) -> tuple[Any, ...]:
+    """The row for `_INSERT`."""
+    return tuple(
+        msgspec.json.encode(v).decode() if isinstance(v, tuple) else v for v in msgspec.structs.astuple(row)[1:-1]
+    )
 
 
 def _row(values: tuple[Any, ...]) -> EpisodeRow:

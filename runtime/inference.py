@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,7 +40,7 @@ class Infers(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
     """A request that waits for its chunk. `tensors` are those of the observation, unbatched, and `prefix` `[c, d]` if
     actions are committed."""
@@ -110,7 +110,9 @@ class InferenceThread:
         self._policy_of = policy_of
         self._max_batch = max_batch
         self._done = done
-        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._queue: deque[Pending] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self.batches = 0
         self.busy_s = 0.0
@@ -129,36 +131,45 @@ class InferenceThread:
 
     def submit(self, pending: Pending) -> None:
         """Queue a request; its `Decided` comes through `done`, on the inference thread."""
-        self._queue.put(pending)
+        with self._changed:
+            self._queue.append(pending)
+            self._changed.notify()
+
+    def withdraw(self, pending: Pending) -> bool:
+        """Take a request back, so that nothing is computed for it; False if that has begun already."""
+        with self._changed:
+            try:
+                self._queue.remove(pending)
+            except ValueError:
+                return False
+            return True
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Finish the batch at hand and end the thread."""
-        self._queue.put(None)
+        """Finish what is queued and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while True:
-            batch: list[Pending] = []
-            item = self._queue.get()
-            while item is not None:
-                batch.append(item)
-                if len(batch) == self._max_batch or self._queue.empty():
-                    break
-                item = self._queue.get()
-            if batch:
-                started_s, started_cpu_s = time.monotonic(), time.thread_time()
-                arms = dict.fromkeys(pending.arm for pending in batch)
-                decided = [
-                    item
-                    for arm in arms
-                    for item in decide(self._policy_of(arm), [pending for pending in batch if pending.arm == arm])
-                ]
-                self.busy_s += time.monotonic() - started_s
-                self.cpu_s += time.thread_time() - started_cpu_s
-                self.batches += 1
-                self._done(decided)
-            if item is None:
-                return
+        while batch := self._next():
+            started_s, started_cpu_s = time.monotonic(), time.thread_time()
+            arms = dict.fromkeys(pending.arm for pending in batch)
+            decided = [
+                item
+                for arm in arms
+                for item in decide(self._policy_of(arm), [pending for pending in batch if pending.arm == arm])
+            ]
+            self.busy_s += time.monotonic() - started_s
+            self.cpu_s += time.thread_time() - started_cpu_s
+            self.batches += 1
+            self._done(decided)
+
+    def _next(self) -> list[Pending]:
+        """The next batch, once there is one; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
 
 
 def decide(policy: Infers, batch: list[Pending]) -> list[Decided]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,12 @@ class Policy:
     def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
         """Build the session, check the graph against the spec, replay the probe, warm up. Raises `BundleError`."""
         self._spec, self._version = bundle.spec, bundle.version
-        self._tokenizer = _tokenizer(bundle) if bundle.spec.tokens else None
         self._session = build_session(bundle.graph, bundle.weights, threads=threads)
         check_graph(self._session, bundle.spec)
         self._names = tuple(graph_inputs(bundle.spec))
-        self._encode = lru_cache(CACHED_INSTRUCTIONS)(self._read_only_tokens)
+        tokenizer = _tokenizer(bundle) if bundle.spec.tokens else None
+        # Of no method: a cache that holds its policy would keep the session in memory until a full garbage collection.
+        self._encode = lru_cache(CACHED_INSTRUCTIONS)(partial(_read_only_tokens, tokenizer, bundle.spec.tokens))
         self._replay(bundle)
 
     @classmethod
@@ -79,13 +80,6 @@ class Policy:
         """(mean, log_std), float32 `[B, h, d]` each, in units of the action; `inputs` are named as in the bundle."""
         mean, log_std = self._session.run(OUTPUTS, {name: inputs[name] for name in self._names})
         return mean, log_std
-
-    def _read_only_tokens(self, instruction: str) -> NDArray[np.int64]:
-        if self._tokenizer is None:
-            return np.zeros(0, np.int64)
-        ids = encode(self._tokenizer, instruction, self._spec.tokens)
-        ids.flags.writeable = False
-        return ids
 
     def _replay(self, bundle: Bundle) -> None:
         """The outputs must be those of the exporter, for the batch and for its first row alone.
@@ -281,6 +275,14 @@ def _tokenizer(bundle: Bundle) -> Tokenizer:
         return Tokenizer.from_str(bundle.tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
         raise BundleError("tokenizer.json", f"cannot be read: {error}") from error
+
+
+def _read_only_tokens(tokenizer: Tokenizer | None, max_tokens: int, instruction: str) -> NDArray[np.int64]:
+    if tokenizer is None:
+        return np.zeros(0, np.int64)
+    ids = encode(tokenizer, instruction, max_tokens)
+    ids.flags.writeable = False
+    return ids
 
 
 def _list(names: Any) -> str:

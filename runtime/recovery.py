@@ -12,7 +12,7 @@ from runtime.episode_file import EPISODE_ID, SUFFIX, EpisodeError, Tally
 from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.records import RecordError, frame, scan_records
 
-BATCH = 500  # rows a transaction, so that recovering many episodes does not hold the index for long
+BATCH = 100  # files read between two notes of that: what a start that is killed has to read again, at most
 
 
 def recover(directory: Path, index: EpisodeIndex) -> list[str]:
@@ -20,7 +20,8 @@ def recover(directory: Path, index: EpisodeIndex) -> list[str]:
 
     The directory must be locked. A file in `open/` is cut after its last good record and closed as aborted (one
     that had ended is only moved on); files in `done/` that the index does not know are added. What cannot be
-    read is moved to `damaged/`; only what retention had marked is deleted. Raises `runtime.database.DatabaseError`.
+    read is moved to `damaged/`; only what retention had marked is deleted. If it is killed, the next one goes on
+    with the files that it had not read. Raises `runtime.database.DatabaseError`.
     """
     problems: list[str] = []
     known = index.known()
@@ -38,12 +39,20 @@ def recover(directory: Path, index: EpisodeIndex) -> list[str]:
     _each(sorted((directory / "open").iterdir()), close, directory, problems)
     sync_directory(directory / "done")
 
+    noted = index.recovered()
     rows: list[EpisodeRow] = []
+    not_noted: list[EpisodeRow] = []
     present = set()
 
     def add(path: Path) -> None:
-        if path.stem not in known:
+        if path.stem in noted:
+            rows.append(noted[path.stem])
+        elif path.stem not in known:
             rows.append(_row_of(path))
+            not_noted.append(rows[-1])
+            if len(not_noted) == BATCH:
+                index.note_recovered(not_noted)
+                not_noted.clear()
         elif known[path.stem]:
             path.unlink()  # retention was interrupted between the index and the file
             return
@@ -51,8 +60,8 @@ def recover(directory: Path, index: EpisodeIndex) -> list[str]:
 
     _each(sorted((directory / "done").iterdir()), add, directory, problems)
     rows.sort(key=lambda row: row.started_unix_s)  # the names of the files say nothing of which came first
-    for first in range(0, len(rows), BATCH):
-        index.add(rows[first : first + BATCH])
+    if rows:
+        index.add_recovered(rows)
     index.restore_labels()
     gone = [episode for episode, deleted in known.items() if not deleted and episode not in present]
     if gone:

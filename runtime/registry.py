@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import sqlite3
 import time
 from pathlib import Path
@@ -149,10 +150,22 @@ class Registry:
         """The versions that drove episodes, oldest first, each as often as its turn came: live ones, and canaries.
         After one that was rejected it is the live version's turn again.
         """
-        changes: builtins.list[tuple[float, str, str]] = [
-            (change.unix_s, "live", change.version) for change in self.history()
-        ]
-        changes += [(change.unix_s, change.stage, change.version) for change in self.stages()]
+        # The clock may have been put back: no change sorts before those that were noted before it.
+        changes: builtins.list[tuple[float, str, str]] = []
+        first_live_s: dict[str, float] = {}
+        time_s = -math.inf
+        for went_live in self.history():
+            time_s = max(time_s, went_live.unix_s)
+            changes.append((time_s, "live", went_live.version))
+            first_live_s.setdefault(went_live.version, time_s)
+        time_s = -math.inf
+        for change in self.stages():
+            time_s = max(time_s, change.unix_s)
+            if change.stage == "live":
+                # It stands in the history already.
+                time_s = max(time_s, first_live_s.get(change.version, time_s))
+            else:
+                changes.append((time_s, change.stage, change.version))
         acted: builtins.list[str] = []
         live = ""
         for _, stage, version in sorted(changes, key=lambda change: change[0]):

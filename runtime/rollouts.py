@@ -140,27 +140,26 @@ class Rollouts:
             )
         opened.decision += 1
         opened.observed[opened.decision] = message.step, len(prefix.get("prefix", ()))
-        opened.waiting = True
-        self.inference.submit(
-            Pending(
-                identity=session.identity,
-                session=session.session,
-                request=message.request,
-                episode=opened.episode,
-                decision=opened.decision,
-                step=message.step,
-                instruction=opened.instruction,
-                tensors={**arrays, **prefix},
-                explore=self._explore,
-                arrived_s=time.monotonic(),
-                arm=opened.arm,
-            )
+        opened.waiting = Pending(
+            identity=session.identity,
+            session=session.session,
+            request=message.request,
+            episode=opened.episode,
+            decision=opened.decision,
+            step=message.step,
+            instruction=opened.instruction,
+            tensors={**arrays, **prefix},
+            explore=self._explore,
+            arrived_s=time.monotonic(),
+            arm=opened.arm,
         )
+        self.inference.submit(opened.waiting)
 
     def end_episode(self, session: Session, message: EndEpisode, arrays: Arrays) -> None:
         """Take the report on what was played and have the episode stored; that is answered when it is."""
         opened = self._reported(session, message, arrays, OpenEpisode.check_end)
         opened.storing = True
+        self._withdraw(opened)
 
         def stored(error: str | None) -> None:
             self._finish(lambda: self._stored(session, opened, message, error))
@@ -179,6 +178,7 @@ class Rollouts:
         opened, session.open = session.open, None
         if opened is None or opened.storing:
             return
+        self._withdraw(opened)
         self._schedule.ended(opened.task, opened.seed, "aborted")
         if opened.started:
             self._count(opened, "aborted")
@@ -190,6 +190,22 @@ class Rollouts:
                 interventions=dict(opened.interventions),
             )
             self._log.end(opened.episode, record, lambda _error: None)
+
+    def _withdraw(self, opened: OpenEpisode) -> None:
+        """The episode is over: no chunk is computed for it any more. A client that goes from episode to episode must
+        not keep the others waiting.
+        """
+        pending, opened.waiting = opened.waiting, None
+        if pending is not None and self.inference.withdraw(pending):
+            self._drop(pending)
+
+    def _drop(self, pending: Pending) -> None:
+        self._counters.dropped += 1
+        if pending.session in self._sessions.by_id:
+            # A client that was stopped still waits for it; one that has moved on drops the answer.
+            self._router.refuse(
+                pending.identity, pending.request, "episode", "episode", "closed before its chunk was ready"
+            )
 
     def _reported(
         self, session: Session, message: M, arrays: Arrays, check: Callable[[OpenEpisode, M, int], None]
@@ -229,14 +245,9 @@ class Rollouts:
             session = self._sessions.by_id.get(pending.session)
             opened = session.open if session is not None else None
             if session is None or opened is None or opened.episode != pending.episode or opened.storing:
-                self._counters.dropped += 1
-                if session is not None:
-                    # A client that was stopped still waits for it; one that has moved on drops the answer.
-                    self._router.refuse(
-                        pending.identity, pending.request, "episode", "episode", "closed before its chunk was ready"
-                    )
+                self._drop(pending)
                 continue
-            opened.waiting = False
+            opened.waiting = None
             if item.error:
                 opened.observed.pop(opened.decision)
                 opened.decision -= 1

@@ -54,9 +54,11 @@ from runtime.rollouts import Arms, Rollouts
 from runtime.router import Router
 from runtime.schedule import Schedule
 from runtime.sessions import RefusalError, Session, Sessions
-from runtime.status import Counters, Status
+from runtime.status import Counters, Status, fitting
 
 POLL_MS = 100
+MOST_NAME_BYTES = 200  # of a client or a person
+MOST_WHY_BYTES = 500
 AT_ONCE = 64  # messages taken while the lock is held: a flood of requests must not keep finished chunks from leaving
 
 
@@ -195,26 +197,31 @@ class PolicyServer:
                 else:
                     self._rollouts.next_episode(session, message)
             case Watch():
-                self._operator.watch(identity, message)
+                _check_client(message.client)
+                why = shortened(message.why, MOST_WHY_BYTES)
+                self._operator.watch(identity, msgspec.structs.replace(message, why=why))
             case Operate():
-                self._operator.operate(identity, message)
+                why = shortened(message.why, MOST_WHY_BYTES)
+                self._operator.operate(identity, msgspec.structs.replace(message, why=why))
             case Judge():
                 self._governor.submit(self._judge, identity, message)
             case Hello():
                 self._hello(identity, message)
             case GetStatus():
                 self._router.send(
-                    identity, StatusReply(request=message.request, status=msgspec.to_builtins(self.status()))
+                    identity, StatusReply(request=message.request, status=msgspec.to_builtins(fitting(self.status())))
                 )
             case Announce():
                 self._swap(self._loader, identity, message.request, lambda: self._live.announce(Path(message.path)))
             case Govern():
-                command, version, who = message.command, message.version, message.who
+                command, version = message.command, message.version
+                who = shortened(message.who, MOST_NAME_BYTES)
                 self._swap(self._governor, identity, message.request, lambda: self._live.govern(command, version, who))
 
     def _hello(self, identity: bytes, message: Hello) -> None:
         if message.protocol != PROTOCOL:
             raise RefusalError("protocol", "protocol", f"is {message.protocol}, this runtime speaks {PROTOCOL}")
+        _check_client(message.client)
         old = self._sessions.by_identity.get(identity)
         if old is not None:
             self._close(old, "the client said hello again")
@@ -283,7 +290,7 @@ class PolicyServer:
             if self._log.index.get(message.episode) is None:
                 self._finish(partial(refuse, "episode", "episode", f"no episode {message.episode} is stored here"))
                 return
-            row = self._log.index.label(message.episode, message.label, message.who)
+            row = self._log.index.label(message.episode, message.label, shortened(message.who, MOST_NAME_BYTES))
         except (DatabaseError, OSError) as error:
             self._finish(partial(refuse, "storage", "", str(error)))
             return
@@ -338,3 +345,14 @@ class PolicyServer:
             driving = [session for session in self._sessions.by_id.values() if not self._operator.waits(session)]
             opened = [session.open for session in driving if session.open is not None and session.open.started]
             return min((episode.started_unix_s for episode in opened), default=math.inf)
+
+
+def shortened(text: str, most_bytes: int) -> str:
+    """The text, cut after so many bytes of UTF-8: it goes into headers, which are small."""
+    return text.encode()[:most_bytes].decode(errors="ignore")
+
+
+def _check_client(client: str) -> None:
+    """Raise `WireError` for a name that is too long; cut off, it might be that of another robot."""
+    if len(client.encode()) > MOST_NAME_BYTES:
+        raise WireError("client", f"{shortened(client, 50)!r}... is longer than {MOST_NAME_BYTES} bytes")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bridge.backend import BackendSpec
 from bridge.messages import RULES, Code, EndEpisode, Ending, Infer, WireError
 from bridge.safety import STARVED
+from runtime.inference import Pending
 
 Arrays = dict[str, NDArray[Any]]
 MOST_UNPLAYED = 100  # chunks in a row of which nothing was played: each is logged with its images
@@ -45,8 +46,8 @@ class OpenEpisode:
     observed: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Decision -> environment step of its observation and actions that were committed at it, for those that may still
     be played."""
-    waiting: bool = False
-    """A chunk was asked for and not sent yet."""
+    waiting: Pending | None = None
+    """The chunk that was asked for and not sent yet."""
     started: bool = False
     """The first record is in the log."""
     storing: bool = False

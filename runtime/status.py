@@ -7,8 +7,11 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from msgspec import Struct
+
+from bridge.messages import MAX_HEADER_BYTES
 
 
 class EpisodeBrief(Struct, frozen=True):
@@ -66,6 +69,22 @@ class Status(Struct, frozen=True, kw_only=True):
     """Steps of ended episodes that each rule of the safety stage changed."""
     staging: dict[str, Any] = {}
     """How the versions that are not live stand (`runtime.staging`); empty where every version goes live at once."""
+
+
+ROOM_BYTES = MAX_HEADER_BYTES - 1000  # for a status; the rest is the reply's own
+_encoder = msgspec.msgpack.Encoder()
+
+
+def fitting(status: Status) -> Status:
+    """The status so that it fits into a header: with fewer of the last episodes, and if that is not enough without the
+    reasons of the robots.
+    """
+    while status.recent and len(_encoder.encode(status)) > ROOM_BYTES:
+        status = msgspec.structs.replace(status, recent=status.recent[len(status.recent) // 2 + 1 :])
+    if len(_encoder.encode(status)) > ROOM_BYTES:
+        states = {name: state.partition(":")[0] for name, state in status.robots.items()}
+        status = msgspec.structs.replace(status, robots=states)
+    return status
 
 
 WINDOW = 1000  # decisions

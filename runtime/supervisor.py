@@ -50,9 +50,12 @@ class Child:
     restarts: int = 0
     _failures: deque[float] = field(default_factory=deque)
     _start_again_s: float = 0.0
+    _asked: bool = False
+    """This process has been asked to stop."""
 
     def start(self) -> None:
         """Start the process."""
+        self._asked = False
         output: IO[bytes] | None = None
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -108,12 +111,13 @@ class Child:
         return self.process.returncode
 
     def ask_to_stop(self) -> None:
-        """Send SIGTERM; idempotent."""
-        if self.process is not None and self.process.poll() is None:
+        """Send SIGTERM, once: a second one would mean to leave at once, and in no order (`stop_on_signals`)."""
+        if self.process is not None and self.process.poll() is None and not self._asked:
+            self._asked = True
             self.process.send_signal(signal.SIGTERM)
 
     def stop(self, timeout_s: float = 15.0) -> int:
-        """SIGTERM, then SIGKILL after the deadline; returns the exit code (0 if it never ran)."""
+        """Ask to stop, then SIGKILL after the deadline; returns the exit code (0 if it never ran)."""
         if self.process is None:
             return 0
         self.ask_to_stop()

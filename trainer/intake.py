@@ -72,9 +72,10 @@ class Intake:
         `follow_live` is called whenever another version may be live.
         """
         rows: list[EpisodeRow] = []
+        useless: list[EpisodeRow] = []
         newest, ready = self._cursor, 0
-        began_s = news_s = time.monotonic()
-        was_on_trial = False
+        began_s = news_s = ready_s = time.monotonic()
+        was_on_trial = told = False
         while not finished():
             judged = self._judged(newest)
             known = {row.episode for row in judged}
@@ -90,7 +91,10 @@ class Intake:
                 # Another version may be live, by rule or by hand: then everything is older than it was.
                 follow_live()
             if new or judged or was_on_trial:
-                ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
+                before, ready = ready, sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
+                useless += new
+                if ready > before:
+                    ready_s, useless = time.monotonic(), []
             was_on_trial = on_trial
             if len(new) == PULL_ROWS:
                 continue
@@ -100,6 +104,9 @@ class Intake:
             if time.monotonic() - news_s > STILL_WAITING_S:
                 self._warn(f"waiting for episodes: {ready} of {self._wanted}, none in the last {STILL_WAITING_S:g} s")
                 news_s = time.monotonic()
+            if len(useless) >= self._wanted and not told and time.monotonic() - ready_s > STILL_WAITING_S:
+                self._warn(self._why_useless(useless))
+                told = True
             self._stop.wait(POLL_S)
         return None
 
@@ -116,6 +123,14 @@ class Intake:
         self._awaited.clear()
         return self._cursor, self._labels
 
+    def _why_useless(self, rows: list[EpisodeRow]) -> str:
+        too_old = sum(self._is_exploring(row) for row in rows)
+        return (
+            f"the last {len(rows)} episodes cannot be learned from: {too_old} are of versions that are too old or "
+            f"explored with another noise, {len(rows) - too_old} broke off, wait for a label, are deleted, or are of a "
+            "task or a source that is not trained"
+        )
+
     def _judged(self, newest: int) -> list[EpisodeRow]:
         """Rows up to `newest` that somebody has labelled since the last time, as they count now; those above come by
         themselves.
@@ -125,7 +140,10 @@ class Intake:
             return []
         self._labels = labels[-1].number
         self._awaited |= {label.episode for label in labels if label.awaited}
-        rows = [self._index.get(episode) for episode in dict.fromkeys(label.episode for label in labels)]
+        episodes = [*dict.fromkeys(label.episode for label in labels)]
+        # The buffer may take in what was learned from long ago, and the file must last until it is held for that.
+        self._index.hold_too(episodes)
+        rows = [self._index.get(episode) for episode in episodes]
         return [row for row in rows if row is not None and row.seq <= newest]
 
     def _was_taken(self, row: EpisodeRow) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
-from runtime.durable import atomic_directory, write_atomic
+from runtime.durable import HOUR_S, atomic_directory, remove_leftovers, write_atomic
 from trainer.config import SFTConfig
 from trainer.samples import CloningSamples, random_prefix, random_shift, random_wording
 from trainer.vla import VLA
@@ -236,6 +236,7 @@ class Training:
 
     def _load(self, directory: Path) -> None:
         """Go on from the newest checkpoint, if there is one of these settings; remove those of others."""
+        remove_leftovers(directory, HOUR_S)
         for path in reversed(_checkpoints(directory)):
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if state["fingerprint"] != self.fingerprint:

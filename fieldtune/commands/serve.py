@@ -8,6 +8,7 @@ from bridge.backends import make_backend
 from bridge.endpoint import resolve_endpoint
 from fieldtune.commands.common import Config, Set, run_dir, warn
 from fieldtune.deployment import load_deployment
+from runtime.durable import HOUR_S, remove_leftovers
 from runtime.episodes import EpisodeLog
 from runtime.registry import Registry
 from runtime.schedule import WINDOW_EPISODES, Training
@@ -45,6 +46,8 @@ def serve(config: Config, /, *, overrides: Set = (), mean: bool = False) -> int:
     )
     staging: Staging | None = None
     try:
+        # The trainer writes there too: no bundle takes an hour.
+        remove_leftovers(run.policies, HOUR_S)
         live = Live(run, threads=settings.serve.inference_threads, keep_versions=settings.keep_versions)
         # Seeds go on from where the log stands, so that a restart does not repeat them.
         rng = np.random.default_rng([deployment.seed, log.index.count()])

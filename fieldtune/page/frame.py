@@ -78,7 +78,9 @@ def frame(view: RunView, title: str, name: str) -> Iterator[None]:
     async def refresh() -> None:
         now = await asyncio.to_thread(view.status)
         version.text = now.version[:12] if now else ""
-        reset.visible = bool(now and now.stopped)
+        # A robot can also be stopped by itself: by its dead-man, say, while the runtime was away.
+        stopped = now is not None and any(state.startswith(("stopped", "stopping")) for state in now.robots.values())
+        reset.visible = stopped or bool(now and now.stopped)
         if now is None:
             state.text = "the runtime does not answer"
         elif now.stopped:

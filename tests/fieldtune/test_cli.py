@@ -394,6 +394,17 @@ def in_process(directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return captured.out
 
 
+def test_a_runtime_removes_bundles_that_were_never_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    policies = tmp_path / "runs" / "point" / "policies"
+    old, now = (policies / f".{'a' * 64}.{number * 12}.tmp" for number in "12")
+    for path in (old, now):
+        path.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    assert run(["serve", "point"]) == 1, "there is no version to serve"
+    assert list(policies.iterdir()) == [now], "the trainer may be writing it"
+
+
 @pytest.mark.slow
 def test_versions_and_bundles(
     prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -66,6 +66,16 @@ def test_mistakes_are_named(tmp_path: Path, override: str, parts: list[str]) -> 
         assert part in str(caught.value)
 
 
+def test_what_may_be_learned_from_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nbackend: {name: point}\nruntime: {keep_versions: 3}\n")
+    assert load_deployment(str(path), ["trainer.max_staleness_versions=4"]).runtime.keep_versions == 3
+    with pytest.raises(ConfigError) as caught:
+        load_deployment(str(path), ["trainer.max_staleness_versions=5"])
+    assert "$.trainer.max_staleness_versions: is 5" in str(caught.value)
+    assert "$.runtime.keep_versions 3" in str(caught.value)
+
+
 def test_learning_rates_may_be_written_as_people_do(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nbackend: {name: point}\ntrainer: {ppo: {lr: 1e-4}}\n")

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nicegui import ui
 from nicegui.testing import User, user_simulation
 
 from fieldtune.deployment import load_deployment
 from fieldtune.page import actions, frame, robots, versions
 from fieldtune.page.view import RunView
+from runtime.status import Status
 
 ENOUGH_S = 20.0
 
@@ -82,6 +84,29 @@ def test_a_stop_waits_for_no_other_action(view: RunView, monkeypatch: pytest.Mon
         browse(view, "/", look)
     finally:
         hang.set()
+
+
+@pytest.mark.parametrize("state", ["stopped: the runtime is silent", "stopping: the runtime is silent", "driving"])
+def test_a_robot_that_stopped_by_itself_can_be_reset(
+    state: str, view: RunView, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = dict.fromkeys(
+        ("sessions", "decisions", "batches", "swaps", "refused_swaps", "undeliverable", "dropped"), 0
+    )
+    figures = dict.fromkeys(("uptime_s", "inference_share", "inference_cpu_s", "episodes_per_min"), 0.0)
+    empty: dict[str, Any] = {"episodes": {}, "refused": {}, "latency_ms": {}, "log": {}, "shares": {}, "recent": ()}
+    robots = {"left": "driving", "right": state}
+    status = Status(version="a", previous="", finished=False, robots=robots, **counts, **figures, **empty)
+    monkeypatch.setattr(view, "status", lambda: status)
+
+    async def look(user: User) -> None:
+        await user.should_see("2 robots", retries=100)
+        if state == "driving":
+            await user.should_not_see(kind=ui.button, content="Reset")
+        else:
+            await user.should_see(kind=ui.button, content="Reset")
+
+    browse(view, "/", look)
 
 
 @pytest.mark.parametrize("button", ["Promote", "Roll back"])

@@ -27,29 +27,71 @@ from runtime.episode import Decision, Episode
 directions: st.SearchStrategy[Direction] = st.sampled_from(["fell", "rose"])
 
 
+def bet(values: np.ndarray[Any, Any], direction: Direction, worst: float | None = None) -> np.ndarray[Any, Any]:
+    """That of the last of the values."""
+    return rank_bet(sorted(values.tolist()), float(values[-1]), direction, worst)
+
+
 def test_known_bets() -> None:
-    lowest_of_four = rank_bet(np.array([3.0, 2.0, 4.0, 1.0]), "fell")
+    lowest_of_four = bet(np.array([3.0, 2.0, 4.0, 1.0]), "fell")
     assert lowest_of_four == pytest.approx(4 * 0.25**POWERS)
-    assert rank_bet(np.array([3.0, 2.0, 4.0, 1.0]), "rose") == pytest.approx(4 * (1 - 0.75**POWERS))
-    assert rank_bet(np.full(7, 2.5), "rose") == pytest.approx(np.ones(5))  # all tie: it says nothing
+    assert bet(np.array([3.0, 2.0, 4.0, 1.0]), "rose") == pytest.approx(4 * (1 - 0.75**POWERS))
+    assert bet(np.full(7, 2.5), "rose") == pytest.approx(np.ones(5))  # all tie: it says nothing
     # A failure after nine successes is among one failure: rank 0 to 0.1.
-    assert rank_bet(np.append(np.ones(9), 0.0), "fell") == pytest.approx(10 * 0.1**POWERS)
-    assert rank_bet(np.append(np.zeros(1), np.ones(9)), "fell") == pytest.approx((1 - 0.1**POWERS) / 0.9)
+    assert bet(np.append(np.ones(9), 0.0), "fell") == pytest.approx(10 * 0.1**POWERS)
+    assert bet(np.append(np.zeros(1), np.ones(9)), "fell") == pytest.approx((1 - 0.1**POWERS) / 0.9)
     # As if a failure had been seen once more: rank 0 to 2/11, and 1/11 to 1 where there was none else.
-    assert rank_bet(np.append(np.ones(9), 0.0), "fell", 0.0) == pytest.approx((2 / 11) ** (POWERS - 1))
-    assert rank_bet(np.ones(10), "fell", 0.0) == pytest.approx((1 - (1 / 11) ** POWERS) * 11 / 10)
+    assert bet(np.append(np.ones(9), 0.0), "fell", 0.0) == pytest.approx((2 / 11) ** (POWERS - 1))
+    assert bet(np.ones(10), "fell", 0.0) == pytest.approx((1 - (1 / 11) ** POWERS) * 11 / 10)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), directions)
 def test_a_bet_is_fair_whichever_of_the_values_comes_last(numbers: list[int], direction: Direction) -> None:
     """Given which values there are, each is equally likely to be the last."""
     values = np.array(numbers, float)
-    bets = [rank_bet(np.roll(values, i), direction) for i in range(len(values))]
+    bets = [bet(np.roll(values, i), direction) for i in range(len(values))]
     assert np.mean(bets, axis=0) == pytest.approx(np.ones(len(POWERS)))
     worst = min(numbers) if direction == "fell" else max(numbers)
     for seen in (worst, -4 if direction == "fell" else 4):
-        bets = [rank_bet(np.roll(values, i), direction, seen) for i in range(len(values))]
+        bets = [bet(np.roll(values, i), direction, seen) for i in range(len(values))]
         assert (np.mean(bets, axis=0) <= 1 + 1e-9).all()
+
+
+def bet_by_counting(values: np.ndarray[Any, Any], direction: Direction, worst: float | None) -> np.ndarray[Any, Any]:
+    seen = values if worst is None else np.append(worst, values)
+    signed = seen if direction == "fell" else -seen
+    low = np.count_nonzero(signed < signed[-1]) / len(seen)
+    high = np.count_nonzero(signed <= signed[-1]) / len(seen)
+    return np.asarray((high**POWERS - low**POWERS) / (high - low))
+
+
+@given(
+    st.lists(st.integers(-3, 3).map(float) | st.floats(allow_nan=False, allow_infinity=False), min_size=1),
+    directions,
+    st.sampled_from([None, 0.0, 1.0]),
+)
+def test_a_bet_is_what_counting_gives_to_the_last_bit(
+    numbers: list[float], direction: Direction, worst: float | None
+) -> None:
+    values = np.array(numbers)
+    assert bet(values, direction, worst).tolist() == bet_by_counting(values, direction, worst).tolist()
+
+
+def test_an_episode_is_not_compared_with_all_that_were_before() -> None:
+    monitor, looked = DriftMonitor(NAMES), 0
+    rng = np.random.default_rng(0)
+
+    class Value(float):
+        def __lt__(self, other: float) -> bool:
+            nonlocal looked
+            looked += 1
+            return float(self) < float(other)
+
+    for _ in range(1000):
+        monitor.add({"x mean": Value(rng.normal())})
+    looked = 0
+    monitor.add({"x mean": Value(0.0)})
+    assert 0 < looked < 100
 
 
 @pytest.mark.parametrize("values", [(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (0.0, 0.0, 1.0, 1.0, 1.0, 0.0)])

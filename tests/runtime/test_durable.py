@@ -2,13 +2,25 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from log_samples import names
 
 from runtime import durable
-from runtime.durable import atomic_directory, write_all, write_atomic, write_json
+from runtime.durable import (
+    HOUR_S,
+    MINUTE_S,
+    atomic_directory,
+    claim,
+    remove_leftovers,
+    write_all,
+    write_atomic,
+    write_json,
+)
 
 
 def full(*_: object) -> int:
@@ -65,3 +77,34 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(tmp_path) == ["d"]
     with pytest.raises(FileExistsError, match="never replaced"), atomic_directory(tmp_path / "d"):
         pass
+
+
+WRITER = """
+import os, signal, sys
+from pathlib import Path
+from runtime.durable import atomic_directory, write_atomic
+here = Path(sys.argv[1])
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "file":
+    write_atomic(here / "a", b"one")
+with atomic_directory(here / "d") as making:
+    (making / "file").write_text("x")
+"""
+
+
+@pytest.mark.parametrize("what", ["file", "directory"])
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_owner(tmp_path: Path, what: str) -> None:
+    for name in (".a.tmp", ".a.0123456789ab.tmp.kept", "a.0123456789ab.tmp"):
+        (tmp_path / name).write_text("somebody else's")
+    others = names(tmp_path)
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), what], check=False, timeout=60)
+    (left,) = set(names(tmp_path)) - set(others)
+    claim(tmp_path).close()
+    assert left in names(tmp_path), "it may be written just now, by another process"
+    long_ago_unix_s = time.time() - 2 * MINUTE_S
+    for name in names(tmp_path):
+        os.utime(tmp_path / name, (long_ago_unix_s, long_ago_unix_s))
+    remove_leftovers(tmp_path, HOUR_S)
+    assert left in names(tmp_path)
+    claim(tmp_path).close()
+    assert names(tmp_path) == sorted([*others, "lock"])

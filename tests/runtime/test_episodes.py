@@ -31,12 +31,12 @@ from log_samples import (
     record_episode,
 )
 
-from runtime import episode_file, episodes
+from runtime import episode_file, episodes, recovery
 from runtime.database import DatabaseError
 from runtime.durable import ClaimedError, write_all
 from runtime.episode import EndRecord, Record
 from runtime.episodes import EpisodeLog, EpisodeLogError
-from runtime.index import EpisodeIndex
+from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.reading import EpisodeError, read_episode
 from runtime.records import frame
 
@@ -548,6 +548,34 @@ def test_a_lost_index_is_made_anew(tmp_path: Path) -> None:
     assert [msgspec.structs.replace(row, ended_unix_s=0.0) for row in after] == [
         msgspec.structs.replace(row, ended_unix_s=0.0) for row in before
     ]
+
+
+def test_a_recovery_that_is_killed_goes_on_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path) as log:
+        for number, name in enumerate("gfedcba"):
+            record_episode(log, name, started_unix_s=float(number)).wait()
+    log.index.close()
+    for path in tmp_path.glob("index.sqlite*"):
+        path.unlink()
+    monkeypatch.setattr(recovery, "BATCH", 2)
+    read: list[str] = []
+    row_of = recovery._row_of
+
+    def killed_at_the_sixth(path: Path) -> EpisodeRow:
+        read.append(path.stem)
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        return row_of(path)
+
+    monkeypatch.setattr(recovery, "_row_of", killed_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        EpisodeLog(tmp_path)
+    assert EpisodeIndex(tmp_path).count() == 0  # a part of them would be taken for all
+    with opened(tmp_path) as log:
+        assert [(row.seq, row.episode) for row in log.index.after(0)] == [*enumerate("gfedcba", start=1)]
+    assert read == [*"abcdef", *"efg"]
+    with opened(tmp_path):
+        assert len(read) == 9
 
 
 WRITER = """

@@ -1,7 +1,9 @@
 """A policy is loaded and proven, or refused by part; its Gaussian is the one that the trainer computes with."""
 
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +48,18 @@ def test_it_computes_what_the_bundle_says(path: Path, batch: int) -> None:
     assert (log_std == -3).all()
     assert policy.version == path.name
     assert policy.tokens("anything").shape == (0,)
+
+
+def test_one_that_nobody_holds_is_freed_at_once(path: Path) -> None:
+    gc.disable()
+    try:
+        policy = Policy.load(path)
+        policy.tokens("anything")
+        gone = weakref.ref(policy)
+        del policy
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_do_not_mix_their_requests(path: Path) -> None:

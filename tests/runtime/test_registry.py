@@ -223,6 +223,30 @@ def test_after_a_rejected_canary_it_is_the_live_versions_turn_again(tmp_path: Pa
     assert registry.acted()[-2:] == ["E", "A"]
 
 
+def test_a_clock_that_is_put_back_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = filled(tmp_path, *"ABCDEF")
+    now_s = 1000.0
+    monkeypatch.setattr("runtime.registry.time.time", lambda: now_s)
+    registry.set_live("A", why="test")
+    registry.set_live("B", why="test")
+    now_s = 10.0
+    registry.set_live("C", why="test")
+    now_s = 20.0
+    registry.set_live("D", why="test")
+    assert registry.acted() == [*"ABCD"]
+    registry.enter("D", "live", why="it was live when the runtime started")
+    registry.enter("E", "canary", why="passed the gate")
+    assert registry.acted() == [*"ABCDE"]
+    now_s = 2000.0
+    registry.enter("E", "rejected", why="worse")
+    now_s = 30.0
+    registry.enter("F", "canary", why="passed the gate")
+    registry.set_live("F", why="promoted")
+    registry.enter("F", "live", why="promoted")
+    registry.enter("B", "canary", why="passed the gate")
+    assert registry.acted()[-2:] == [*"FB"]
+
+
 def test_a_registry_of_before_there_were_stages_gets_their_tables(tmp_path: Path) -> None:
     registry = filled(tmp_path, "A")
     registry.set_live("A", why="sft")

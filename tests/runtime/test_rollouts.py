@@ -15,6 +15,7 @@ from bridge.backend import Backend
 from bridge.messages import (
     PROTOCOL,
     Assignment,
+    Chunk,
     EndEpisode,
     EpisodeStored,
     Hello,
@@ -263,6 +264,29 @@ def test_a_chunk_whose_episode_is_over_is_dropped_and_counted(serve: Any, point:
     until(lambda: serving.status()["dropped"] == 1, "the late chunk to be dropped")
     assert serving.status()["decisions"] == 0
     robot.infer(robot.observation(point.spec))
+
+
+def test_nothing_is_computed_for_episodes_that_were_given_up(serve: Any, point: Backend, fake_policy: Any) -> None:
+    policy = fake_policy()
+    serving = serve(policy=policy, max_batch=1)
+    policy.gate.clear()
+    first, hasty = serving.robot(point.spec, "first"), serving.robot(point.spec, "hasty")
+
+    def ask(robot: Any) -> int:
+        robot.next()
+        infer = Infer(session=robot.welcome.session, episode=robot.episode, step=0)
+        return int(robot.client.post(infer, robot.observation(point.spec)))
+
+    asked = ask(first)
+    assert policy.waiting.wait(ENOUGH_S)
+    for _ in range(4):
+        ask(hasty)
+    last = ask(hasty)
+    until(lambda: serving.status()["dropped"] == 4, "the first four to be dropped")
+    policy.gate.set()
+    assert first.client.collect(asked, Chunk)[0].episode == first.episode
+    assert hasty.client.collect(last, Chunk)[0].episode == hasty.episode
+    assert policy.batches == [1, 1] and serving.status()["dropped"] == 4
 
 
 def test_a_reply_to_a_client_that_has_gone_is_counted(serve: Any, point: Backend, fake_policy: Any) -> None:

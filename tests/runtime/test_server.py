@@ -34,6 +34,8 @@ from bridge.messages import (
     Message,
     NextEpisode,
     Operate,
+    Operated,
+    Orders,
     Played,
     Serving,
     StatusReply,
@@ -47,7 +49,7 @@ from runtime.bundle import BundleError
 from runtime.episodes import EpisodeLog
 from runtime.reading import read_episode
 from runtime.registry import RegistryError
-from runtime.status import Status
+from runtime.status import EpisodeBrief, Status
 
 # --- hello ------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +215,39 @@ def test_the_counters_add_up(serve: Any, point: Backend) -> None:
     assert [(brief.status, brief.steps) for brief in now.recent] == [("timeout", 2), ("success", 3), ("aborted", 0)]
     assert now.log["stored"] == 2
     assert not now.finished
+
+
+def test_a_client_with_too_long_a_name_is_refused(serve: Any) -> None:
+    client = serve().client()
+    client.request(Hello(protocol=PROTOCOL, client="\N{ROBOT FACE}" * 50), Welcome)
+    for message in (
+        Hello(protocol=PROTOCOL, client="\N{ROBOT FACE}" * 51),
+        Watch(bridge="b", client="r" * 201, session="", state="idle"),
+    ):
+        answer = refused(lambda: client.request(message, Welcome))  # noqa: B023 (called at once)
+        assert (answer.code, answer.field) == ("malformed", "client")
+
+
+def test_a_status_fits_into_its_header_whatever_was_said(serve: Any) -> None:
+    serving = serve()
+    client = serving.client()
+    said = "\N{ROBOT FACE}" * 15_000
+    client.request(Operate(command="stop", why=said), Operated)
+    for i in range(10):
+        watch = Watch(bridge=f"{i:08}", client=f"robot-{i}", session="", state="stopped", why=said)
+        orders, _ = client.request(watch, Orders)
+        assert said.startswith(orders.stopped) and len(orders.stopped.encode()) == 500
+    now = msgspec.convert(serving.status(), Status)
+    assert now.stopped == orders.stopped
+    assert [*now.robots.values()] == [f"stopped: {now.stopped}"] * 10
+    serving.server._counters.recent += [EpisodeBrief("t" * 2000, "success", i, "v" * 64, 0.0) for i in range(100)]
+    now = msgspec.convert(serving.status(), Status)
+    assert 10 < len(now.recent) < 100 and now.recent[-1].steps == 99, "the newest are left"
+    for i in range(10, 150):
+        watch = Watch(bridge=f"{i:08}", client=f"robot-{i}", session="", state="stopped", why=said)
+        client.request(watch, Orders)
+    now = msgspec.convert(serving.status(), Status)
+    assert now.recent == () and [*now.robots.values()] == ["stopped"] * 150
 
 
 # --- addresses --------------------------------------------------------------------------------------------------------

@@ -218,6 +218,19 @@ def test_stop_asks_first_and_the_child_may_finish(make: Make) -> None:
     assert child.stop() == 0
 
 
+def test_a_child_that_was_asked_already_may_finish_too(make: Make) -> None:
+    waits = 'print("asked", flush=True); import time; time.sleep(1); print("stopped'
+    child = make(OBEDIENT.replace('print("stopped', waits))
+    for _ in range(2):  # each process of it is asked anew
+        child.start()
+        up(child)
+        child.ask_to_stop()
+        until(lambda: "asked" in text(child), "the signal to be seen")
+        assert child.stop(ENOUGH_S) == 0
+        assert child.log is not None and "stopped in order" in text(child)
+        child.log.unlink()
+
+
 def test_a_child_that_does_not_stop_is_killed_after_the_deadline(make: Make) -> None:
     child = make(STUBBORN)
     child.start()
@@ -316,10 +329,10 @@ def test_a_second_signal_ends_the_process_at_once(make: Make) -> None:
     )
     child.start()
     up(child)
-    child.ask_to_stop()
-    until(lambda: "up again" in text(child), "the first signal to be seen")
-    child.ask_to_stop()
     assert child.process is not None
+    os.kill(child.process.pid, signal.SIGTERM)
+    until(lambda: "up again" in text(child), "the first signal to be seen")
+    os.kill(child.process.pid, signal.SIGTERM)
     assert child.process.wait(ENOUGH_S) == 1
 
 

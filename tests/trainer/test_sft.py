@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -211,10 +212,14 @@ def test_other_settings_start_anew(tmp_path: Path, demos: Path) -> None:
     run = new_run(tmp_path / "point", demos)
     short = msgspec.structs.replace(CONFIG, sft=msgspec.structs.replace(CONFIG.sft, steps=30))
     assert train(run, short) is not None
+    killed = run.sft / ".checkpoint-00000050.0123456789ab.tmp"
+    killed.mkdir()
+    os.utime(killed, (0, 0))
     other = msgspec.structs.replace(CONFIG, sft=msgspec.structs.replace(CONFIG.sft, steps=26))
     version = train(run, other)
     assert Registry(run.registry).live() == version
     assert [json.loads(line)["step"] for line in (run.sft / "metrics.jsonl").read_text().splitlines()] == [25, 26]
+    assert not killed.exists()
 
 
 def test_a_run_without_demonstrations_is_refused(tmp_path: Path) -> None:
