@@ -23,11 +23,14 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def cut(path: Path, iteration: int) -> None:
-    """Drop the lines after `iteration`, and a torn last one: what they tell of is done again."""
+    """Drop the lines after `iteration`, and a torn last one: what they tell of is done again.
+
+    Writes nothing where there are none: on a full disk the trainer could not come up otherwise.
+    """
     if not path.exists():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept, content = [], path.read_bytes()
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -35,7 +38,8 @@ def cut(path: Path, iteration: int) -> None:
         if not isinstance(line, dict) or line.get("iteration", iteration + 1) > iteration:
             break
         kept.append(text + "\n")
-    write_atomic(path, "".join(kept).encode())
+    if (whole := "".join(kept).encode()) != content:
+        write_atomic(path, whole)
 
 
 def results(episodes: Sequence[Episode], tasks: Sequence[str]) -> dict[str, Any]:
