@@ -21,8 +21,8 @@ from fieldtune.commands.common import Config, Json, Set, err, out, print_json, r
 from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
 from fieldtune.commands.report import make_report
 from fieldtune.commands.status import last_metrics, runtime_status, status_table
-from fieldtune.deployment import Deployment, find_bundle, load_deployment, require_workers
-from fieldtune.install import install_to_train, require_trainable
+from fieldtune.deployment import Deployment, load_deployment, require_workers
+from fieldtune.install import install_to_train, require_fine_tunable, require_trainable
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
 from runtime.durable import claim, require_unclaimed, write_atomic
@@ -220,14 +220,19 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
 
 
 def prepare(this: Up) -> bool:
-    """Demonstrations and the first version, unless one is live already; False if stopped."""
+    """Demonstrations and the first version, unless one is live already; False if stopped.
+
+    Raises `ConfigError` for what would fail only later.
+    """
     registry, trainer = Registry(this.run.registry), this.deployment.trainer
+    backend = make_backend(this.deployment.backend)
+    trainer.post_trained(backend.spec)
     if (live := registry.live()) is not None:
         require_started_from(registry, trainer.policy)
         if this.training and registry.first().made.get("command") == "import":
             require_trainable(this.deployment, this.run.policies / live, live[:12])
         return True
-    has_expert = isinstance(make_backend(this.deployment.backend), HasExpert)
+    has_expert = isinstance(backend, HasExpert)
     if not has_expert and trainer.policy is None and not EpisodeIndex(this.run.demos).count(status="success"):
         raise ConfigError(
             f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
@@ -236,8 +241,8 @@ def prepare(this: Up) -> bool:
         )
     # Mistakes show before the demonstrations, which may take hours.
     given = install_to_train(this.deployment, trainer.policy) if trainer.policy is not None else None
-    if given is None and trainer.start is not None:
-        find_bundle(trainer.start)
+    if given is None:
+        require_fine_tunable(this.deployment, backend.spec)
     for command in (["demos"] if has_expert else []) + (["sft"] if given is None else []):
         # Their progress bars are the user's; so their output is not sent to a log.
         child = Child(command, fieldtune_command(command, this.config, this.overrides), None)
