@@ -74,27 +74,27 @@ class Intake:
         rows: list[EpisodeRow] = []
         newest, ready = self._cursor, 0
         began_s = news_s = time.monotonic()
-        was_on_trial = False
+        was_waiting = False
         while not finished():
             judged = self._judged(newest)
             known = {row.episode for row in judged}
             rows = [row for row in rows if row.episode not in known] + judged
             new = self._index.after(newest, PULL_ROWS)
-            # Asked once: a trial that ends below must not let rows through before what is live has been followed.
-            on_trial = self._versions.on_trial
+            # Asked once: what ends below must not let rows through before what is live has been followed.
+            waiting = self._versions.waiting
             if new:
                 rows += new
                 newest = new[-1].seq
                 news_s = time.monotonic()
-            if new or was_on_trial:
+            if new or was_waiting:
                 # Another version may be live, by rule or by hand: then everything is older than it was.
                 follow_live()
-            if new or judged or was_on_trial:
+            if new or judged or was_waiting:
                 ready = sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
-            was_on_trial = on_trial
+            was_waiting = waiting
             if len(new) == PULL_ROWS:
                 continue
-            if ready >= self._wanted and not on_trial:
+            if ready >= self._wanted and not waiting:
                 self.waited_s = time.monotonic() - began_s
                 return rows
             if time.monotonic() - news_s > STILL_WAITING_S:

@@ -172,3 +172,16 @@ class Robot:
     def close(self) -> None:
         self._log.close()
         self._backend.close()
+
+
+class Turns(threading.Event):
+    """Each time that the trainer waits, the next of these happens; it must not wait more often than there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[Callable[[], None]] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert self.left, "the trainer waits for nothing"
+        self.left.pop(0)()
+        return False
