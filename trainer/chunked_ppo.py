@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from trainer.batch import Batch, Float64
 from trainer.buffer import DemoBuffer
 from trainer.config import PPOConfig, SFTConfig
+from trainer.finite import finite_norm
 from trainer.samples import random_prefix, random_shift, random_wording
 from trainer.shapes import filled_up, minibatches
 from trainer.vla import VLA, Inputs, log_prob
@@ -246,7 +247,7 @@ def update(
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
     buffer are shifted and words left out as in supervised fine-tuning, `sft`. With `frozen`, L_kl to it takes the place
-    of L_sbc, and the buffer is not used.
+    of L_sbc, and the buffer is not used. Raises `NotFiniteError`, with the policy half changed.
     """
     task = batch.observations.task
     normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.episode, batch.fresh).astype(np.float32))
@@ -283,14 +284,16 @@ def update(
                 count = max(1, round(len(rows) * CLONING_SHARE))
                 cloned, unscaled = _buffer_loss(vla, buffer, 1 - w, count, sft, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
-            sums.add(by_decision.mean(), unscaled, kl, outside.float().mean())
+            policy_loss = by_decision.mean()
+            sums.add(policy_loss, unscaled, kl, outside.float().mean())
             kl_stop = kl > KL_STOP * config.target_kl
             if kl_stop:
                 break
             total = (w[seen.task] * by_decision).mean() + cloning_scale * cloned
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(total)
-            grad_norm += float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            grad_norm += finite_norm(norm, {"policy loss": policy_loss, "cloning loss": unscaled})
             optimiser.step()
             gradient_steps += 1
         if kl_stop:

@@ -73,7 +73,7 @@ def train(
     Goes on from the checkpoint in `run.trainer`, or from the registry's live version if there is none. `announce` makes
     the runtime serve a bundle and raises if it does not; `report` gets each line of the metrics; `warn` is told of what
     a person should know. Raises `ClaimedError` where another process trains this run, `TrainingError`,
-    `CheckpointError`, `BundleError`, `RatioError`.
+    `CheckpointError`, `BundleError`, `RatioError`, `NotFiniteError`.
     """
     if config.tensorboard:
         require_tensorboard()
@@ -238,14 +238,6 @@ class ContinualTrainer:
             self._weight.add_kl(result.kl)
             for group in self._actor_optimiser.param_groups:
                 group["lr"] = adapted_lr(group["lr"], result.kl, self._config.ppo)
-            self._versions.add(
-                {
-                    "command": "train",
-                    "iteration": self._state.iteration,
-                    "env_steps": self._state.env_steps,
-                    "episodes_seq": [min(row.seq for row in rows), max(row.seq for row in rows)],
-                }
-            )
         line = {
             "iteration": self._state.iteration,
             "unix_s": time.time(),
@@ -274,6 +266,18 @@ class ContinualTrainer:
             "learn_s": time.monotonic() - began_s,
             "cpu_idle_share": self._cpu_idle_share(),
         }
+        # Each retry of what cannot be kept would leave a version that never is live.
+        metrics.require_finite(line)
+        if result is not None:
+            self._versions.add(
+                {
+                    "command": "train",
+                    "iteration": self._state.iteration,
+                    "env_steps": self._state.env_steps,
+                    "episodes_seq": [min(row.seq for row in rows), max(row.seq for row in rows)],
+                }
+            )
+        line |= {"version": self.version, "learn_s": time.monotonic() - began_s}
         metrics.append_line(self._run.metrics, line)
         if self._curves:
             self._curves.add(line)

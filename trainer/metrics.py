@@ -11,6 +11,7 @@ from typing import Any
 from runtime.durable import write_atomic
 from runtime.episode import Episode
 from trainer.chunked_ppo import Update
+from trainer.finite import NotFiniteError
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -20,6 +21,13 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def require_finite(line: dict[str, Any]) -> None:
+    """Raise `NotFiniteError`, naming them, where there are numbers in it that JSON has not (NaN, infinity)."""
+    odd = [name for name, value in line.items() if not _is_json(value)]
+    if odd:
+        raise NotFiniteError(f"iteration {line['iteration']} is not kept; these are not finite: {', '.join(odd)}")
 
 
 def cut(path: Path, iteration: int) -> None:
@@ -67,6 +75,14 @@ def losses(result: Update | None) -> dict[str, Any]:
         "gradient_steps": result.gradient_steps if result else 0,
         "bfloat16": result.bfloat16 if result else False,
     }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _success(episodes: Sequence[Episode]) -> float:

@@ -27,6 +27,7 @@ from trainer.chunked_ppo import (
     update,
 )
 from trainer.config import BufferConfig, PPOConfig, SFTConfig, VLAConfig
+from trainer.finite import NotFiniteError
 from trainer.samples import cloning_samples, random_prefix, random_shift, random_wording
 from trainer.vla import VLA
 
@@ -399,6 +400,15 @@ def test_stale_decisions_are_not_learned_from() -> None:
     assert result is not None
     assert np.isfinite(result.policy_loss)
     assert all(torch.isfinite(parameter).all() for parameter in vla.parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_not_followed() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 64, 0)
+    batch.log_prob[3] = math.nan
+    with pytest.raises(NotFiniteError, match=r"the gradient is nan \(policy loss nan, cloning loss 0\)"):
+        run_update(vla, batch, np.random.default_rng(0).normal(size=64))
+    assert all(torch.equal(now, old) for now, old in zip(vla.parameters(), tiny_vla().parameters(), strict=True))
 
 
 def test_w_zero_clones_the_buffer_and_nothing_else() -> None:

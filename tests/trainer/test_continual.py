@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import shutil
@@ -32,6 +33,7 @@ from trainer.continual import ContinualTrainer, TrainingError, train
 from trainer.demos import demo_rows
 from trainer.experience import ExperienceError
 from trainer.export import Exporter
+from trainer.finite import NotFiniteError
 from trainer.ratio import RatioError
 
 torch.set_num_threads(1)
@@ -332,6 +334,25 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     assert line is not None
     assert [entry["iteration"] for entry in lines(run)] == list(range(1, 5 if done else 4))
     assert line["env_steps"] == sum(row.steps for row in EpisodeIndex(run.episodes).after(0))
+
+
+def test_an_iteration_whose_figures_are_not_finite_leaves_no_version(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run, changed(ppo={"critic_warmup_iterations": 0}))
+    update = continual.update
+
+    def overflows(*arguments: Any, **named: Any) -> Any:
+        return dataclasses.replace(update(*arguments, **named), kl=float("inf"))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NotFiniteError, match="iteration 1 is not kept; these are not finite: kl"),
+    ):
+        patch.setattr(continual, "update", overflows)
+        iterate(trainer, robot)
+    assert len(Registry(run.registry).list()) == 1 and not run.metrics.exists()
+    assert iterate(make_trainer(run), robot)["iteration"] == 1
 
 
 def test_curves_are_those_of_the_metrics_through_a_crash(
