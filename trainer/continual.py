@@ -38,7 +38,14 @@ from runtime.rundir import RunDir
 from trainer import metrics
 from trainer.batch import Batch, BatchError, build_batch, executed_decisions
 from trainer.buffer import DemoBuffer
-from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import (
+    START_AGAIN,
+    Checkpoint,
+    CheckpointError,
+    TrainerState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
@@ -161,6 +168,7 @@ class ContinualTrainer:
         if not checkpoint:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
+            self._start_again(start)
             self._versions.set_exploration(config.ppo)
         newest = self._index.list(limit=1)
         if newest and newest[0].seq < self._state.cursor:
@@ -390,8 +398,8 @@ class ContinualTrainer:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
-                "cameras, trainer.vla or trainer.ppo.learn_sigma; choose another `name`, or move it away to start "
-                "again from the live version"
+                "cameras, trainer.vla or trainer.ppo.learn_sigma; choose another `name`, or move it away "
+                f"{START_AGAIN}"
             ) from error
         # The critic's learning rate of the configuration counts, not that which the checkpoint was made with.
         for group in self._critic_optimiser.param_groups:
@@ -400,6 +408,22 @@ class ContinualTrainer:
         self._generator.set_state(checkpoint.generator)
         self._weight.restore(self._state.weight)
         self._buffer.restore(self._state.buffer, self._experience.load)
+
+    def _start_again(self, start: str) -> None:
+        """Without a checkpoint: put aside what an earlier training of this run has written, and pass over the episodes
+        if the version `start` was made from some of them.
+        """
+        aside = metrics.put_aside(self._run)
+        lineage = Registry(self._run.registry).lineage(start)
+        learned = any(row.made.get("command") == "train" for row in lineage)
+        if learned:
+            newest, labels = self._index.list(limit=1), self._index.labels_after(0)
+            self._state.cursor = newest[0].seq if newest else 0
+            self._state.labels = labels[-1].number if labels else 0
+        if aside or learned:
+            passed = f"; the {self._state.cursor} episodes so far count as learned from" if learned else ""
+            kept = f"; what it wrote so far is in {' and '.join(map(str, aside))}" if aside else ""
+            self._warn(f"training has no checkpoint and starts again from version {start[:12]}{passed}{kept}")
 
     def _new_actor_optimiser(self) -> torch.optim.Adam:
         self._vla.log_sigma.requires_grad_(self._config.ppo.learn_sigma)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.durable import write_atomic
 from runtime.episode import Episode
+from runtime.rundir import RunDir
 from trainer.chunked_ppo import Update
 from trainer.finite import NotFiniteError
 
@@ -48,6 +50,15 @@ def cut(path: Path, iteration: int) -> None:
         kept.append(text + "\n")
     if (whole := "".join(kept).encode()) != content:
         write_atomic(path, whole)
+
+
+def put_aside(run: RunDir) -> list[Path]:
+    """Move metrics and curves of an earlier training to NAME.old-TIME beside them; returns where they are now."""
+    moved = []
+    for path in (run.metrics, run.curves):
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            moved.append(path.rename(path.with_name(f"{path.name}.old-{int(time.time())}")))
+    return moved
 
 
 def results(episodes: Sequence[Episode], tasks: Sequence[str]) -> dict[str, Any]:

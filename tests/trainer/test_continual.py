@@ -410,6 +410,43 @@ def test_a_buffer_whose_episodes_are_gone_is_not_resumed(run: RunDir, robot: Rob
         make_trainer(run)
 
 
+def test_without_its_checkpoint_it_starts_again_and_learns_from_nothing_twice(run: RunDir, robot: Robot) -> None:
+    config = msgspec.structs.replace(SMALL, tensorboard=True)
+    trainer, index = make_trainer(run, config), EpisodeIndex(run.episodes)
+    robot.run(4, judged=False)
+    robot.run(4)
+    iterate(trainer, robot, 0)
+    for row in index.after(0)[:4]:
+        index.label(row.episode, "success", "ada")
+    live = iterate(trainer, robot, 0)["version"]
+    assert Registry(run.registry).live() == live
+    before = run.metrics.read_text()
+    (run.trainer / "checkpoint.pt").rename(run.trainer / "checkpoint.away")
+    warnings: list[str] = []
+    again = make_trainer(run, config, warnings=warnings)
+    (said,) = warnings
+    assert f"starts again from version {live[:12]}; the 8 episodes so far count as learned from" in said
+    (kept,) = run.trainer.glob("metrics.jsonl.old-*")
+    (curves,) = run.trainer.glob("tensorboard.old-*")
+    assert kept.read_text() == before and str(kept) in said and str(curves) in said
+    steps = robot.run(4)
+    line = iterate(again, robot, 0)
+    assert (line["iteration"], line["env_steps"], line["episodes"]) == (1, sum(steps), 4)
+    assert lines(run) == [json.loads(json.dumps(line))]
+    warnings.clear()
+    make_trainer(run, config, warnings=warnings)
+    assert warnings == [] and lines(run) == [json.loads(json.dumps(line))]
+
+
+def test_without_its_checkpoint_a_version_that_learned_nothing_takes_all_episodes(run: RunDir, robot: Robot) -> None:
+    iterate(make_trainer(run), robot)
+    (run.trainer / "checkpoint.pt").unlink()
+    warnings: list[str] = []
+    again = make_trainer(run, warnings=warnings)
+    assert iterate(again, robot)["episodes"] == 8
+    assert len(warnings) == 1 and "count as learned from" not in warnings[0]
+
+
 def test_a_run_without_demonstrations_starts_with_an_empty_buffer(run: RunDir, robot: Robot) -> None:
     shutil.rmtree(run.demos)
     warnings: list[str] = []
