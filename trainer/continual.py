@@ -95,9 +95,8 @@ def train(
                 trainer.save()
                 break
             line = trainer.iterate(rows)
-            if line is None:
-                break  # stopped half-way: the iteration is done again after a restart
-            report(line)
+            if line is not None:
+                report(line)
         return trainer.version
 
 
@@ -184,6 +183,7 @@ class ContinualTrainer:
             stop=stop,
             warn=warn,
         )
+        self._passed_over = 0  # decisions that the next line is to count as stale
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
@@ -217,7 +217,11 @@ class ContinualTrainer:
     # --- one iteration ------------------------------------------------------------------------------------------------
 
     def iterate(self, rows: list[EpisodeRow]) -> dict[str, Any] | None:
-        """Learn from these rows, publish and announce; returns the metrics line, None if a stop came in between."""
+        """Learn from these rows, publish and announce; returns the metrics line.
+
+        None if a stop came in between, then the iteration is done again after a restart; and where no decision is young
+        enough, then the rows are taken.
+        """
         began_s = time.monotonic()
         episodes, counts = self._take(rows)
         if not episodes:
@@ -231,6 +235,9 @@ class ContinualTrainer:
             age=self._versions.age,
             max_age=self._versions.max_staleness_versions,
         )
+        if not batch.fresh.any():
+            self._pass_over(rows, len(batch) + counts["dropped_stale"])
+            return None
         ratio_error = check_ratio(batch, self._versions.behaviours, self._rng)
         warming_up = self._state.iteration < self._config.ppo.critic_warmup_iterations
         advantage, value_loss, variance = self._learn_value(batch, warming_up)
@@ -269,7 +276,7 @@ class ContinualTrainer:
             "staleness_versions": float(batch.age[batch.fresh].mean()),
             "staleness_versions_max": int(batch.age[batch.fresh].max()),
             **counts,
-            "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
+            "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()) + self._passed_over,
             "collect_wait_s": self._intake.waited_s,
             "learn_s": time.monotonic() - began_s,
             "cpu_idle_share": self._cpu_idle_share(),
@@ -289,10 +296,21 @@ class ContinualTrainer:
         metrics.append_line(self._run.metrics, line)
         if self._curves:
             self._curves.add(line)
-        self.save()
-        self._index.hold(self._state.cursor, self._state.labels, self._buffer.own_episodes())
+        self._passed_over = 0
+        self._save_and_hold()
         self._follow_live()
         return line
+
+    def _pass_over(self, rows: list[EpisodeRow], decisions: int) -> None:
+        """Take rows that nothing can be learned from: a version may have decided last without being played."""
+        self._warn(f"none of {decisions} decisions is young enough to learn from; they are passed over")
+        self._state.cursor, self._state.labels = self._intake.take(rows)
+        self._passed_over += decisions
+        self._save_and_hold()
+
+    def _save_and_hold(self) -> None:
+        self.save()
+        self._index.hold(self._state.cursor, self._state.labels, self._buffer.own_episodes())
 
     def _take(self, rows: list[EpisodeRow]) -> tuple[list[Episode], dict[str, int]]:
         """Read the episodes, tell buffer and weight of them, and give the newest ones that PPO can learn from."""

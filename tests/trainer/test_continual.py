@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import continual, intake, metrics
+from trainer.checkpoint import load_checkpoint
 from trainer.config import DemosConfig, StopConfig, TrainerConfig
 from trainer.continual import ContinualTrainer, TrainingError, train
 from trainer.demos import demo_rows
@@ -245,6 +247,30 @@ def test_episodes_that_came_late_are_learned_from_a_version_old(run: RunDir, rob
     assert 0 < line["staleness_versions"] < 1
     assert line["staleness_versions_max"] == 1
     assert line["dropped_stale"] == 0
+
+
+def test_episodes_in_which_a_young_version_decided_but_was_not_played_are_passed_over(
+    run: RunDir, robot: Robot
+) -> None:
+    config = msgspec.structs.replace(SMALL, max_staleness_versions=0)
+    warnings: list[str] = []
+    trainer, registry = make_trainer(run, config, warnings=warnings), Registry(run.registry)
+    iterate(trainer, robot)
+    before = trainer.version
+    iterate(trainer, robot)
+    assert trainer.version != before and len(registry.list()) == 2
+    robot.run(4, version=before, unplayed=trainer.version)
+    rows = trainer.collect()
+    assert rows is not None and trainer.iterate(rows) is None
+    decisions = sum(row.decisions - 1 for row in rows)
+    assert warnings == [f"none of {decisions} decisions is young enough to learn from; they are passed over"]
+    assert len(registry.list()) == 2 and len(lines(run)) == 2
+    checkpoint = load_checkpoint(run.trainer / "checkpoint.pt")
+    assert checkpoint is not None and checkpoint.state.cursor == rows[-1].seq
+    line = iterate(trainer, robot)
+    assert (line["iteration"], line["episodes"], line["dropped_stale"]) == (3, 4, decisions)
+    line = iterate(make_trainer(run, config), robot)
+    assert (line["iteration"], line["episodes"], line["dropped_stale"]) == (4, 4, 0)
 
 
 def test_a_backlog_is_cut_to_its_newest_episodes(run: RunDir, robot: Robot) -> None:
@@ -668,6 +694,20 @@ def test_train_stops_at_its_limit_and_does_not_start_again(run: RunDir, robot: R
     assert version == reports[-1]["version"] == Registry(run.registry).live()
     assert train(run, SPEC, config, 0, **arguments) == version
     assert len(lines(run)) == 2
+
+
+def test_training_goes_on_after_rows_that_were_passed_over(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate, calls = ContinualTrainer.iterate, itertools.count()
+    monkeypatch.setattr(ContinualTrainer, "iterate", lambda self, rows: iterate(self, rows) if next(calls) else None)
+    robot.run(4)
+    reports: list[dict[str, Any]] = []
+    config = msgspec.structs.replace(SMALL, stop=StopConfig(iterations=1))
+    train(
+        run, SPEC, config, 0, announce=partial(announce, run), stop=threading.Event(), report=reports.append, warn=print
+    )
+    assert [line["iteration"] for line in reports] == [1]
 
 
 def test_a_run_has_one_trainer(run: RunDir) -> None:
