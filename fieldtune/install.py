@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bridge.backend import BackendSpec
 from bridge.backends import make_backend
 from bridge.config import ConfigError
 from fieldtune.deployment import Deployment, find_bundle
@@ -77,3 +78,11 @@ def require_trainable(deployment: Deployment, bundle_dir: Path, name: str) -> No
             f"$.trainer.vla: the policy {name} cannot be trained further ({error}); give trainer.vla the settings that "
             f"it was made with, if it was; {as_it_is}"
         ) from error
+
+
+def require_fine_tunable(deployment: Deployment, spec: BackendSpec) -> None:
+    """Raise `ConfigError` if supervised fine-tuning could not begin with these settings, whatever was demonstrated."""
+    from trainer.sft import new_policy
+
+    trainer = deployment.trainer
+    new_policy(deployment.name, spec, trainer, find_bundle(trainer.start) if trainer.start is not None else None)

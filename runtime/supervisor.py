@@ -27,6 +27,11 @@ FAILURE_WINDOW_S = 60.0
 class ChildFailedError(FieldtuneError):
     """A child process failed too often or beyond repair; the message has the end of its log."""
 
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        """Exit code of its last failure, where that is what it is about."""
+
 
 STDERR = 2  # the descriptor; what a child says is no result of this process, so it does not go to its stdout
 
@@ -94,7 +99,7 @@ class Child:
             self._failures.popleft()
         how = how_it_ended(code)
         if code == BAD_USAGE or len(self._failures) >= MAX_FAILURES:
-            raise ChildFailedError(f"{self.name} {how}{self.tail()}")
+            raise ChildFailedError(f"{self.name} {how}{self.tail()}", code)
         pause_s = min(0.25 * 2 ** len(self._failures), 8.0)
         warn(f"{self.name} {how}; starting it again in {pause_s:g} s ({len(self._failures)}/{MAX_FAILURES})")
         self._start_again_s = now_s + pause_s

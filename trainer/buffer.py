@@ -13,7 +13,7 @@ Nothing here is random but `sample`, so the same episodes in the same order give
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ class DemoBuffer:
         self._number += 1
         entry = Entry(episode, steps, demonstration, tuple(versions), self._number, samples)
         entries.append(entry)
-        if len(entries) > self._config.per_task:
-            entries.remove(max(entries, key=_leaves_first))
+        while len(entries) > self._config.per_task:
+            entries.remove(max(entries, key=lambda one: _leaves_first(one.steps, one.demonstration, one.number)))
         return entry in entries
 
     def discard(self, episode: str) -> None:
@@ -158,7 +158,9 @@ class DemoBuffer:
         }
 
     def restore(self, state: Mapping[str, Any], load: Callable[[str, bool], CloningSamples]) -> None:
-        """Be what `state` says; `load(episode, demonstration)` reads the samples again."""
+        """Be what `state` says, less what a task has no room for any more; `load(episode, demonstration)` reads samples
+        again.
+        """
         self._number = int(state["number"])
         for task in self._entries:
             recent = self._recent_steps[task]
@@ -173,8 +175,13 @@ class DemoBuffer:
                     number=row["number"],
                     samples=load(row["episode"], row["demonstration"]),
                 )
-                for row in state["entries"].get(task, ())
+                for row in self._that_stay(state["entries"].get(task, ()))
             ]
+
+    def _that_stay(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Those that a task has room for, in order of admission."""
+        last_to_leave = sorted(rows, key=lambda row: _leaves_first(row["steps"], row["demonstration"], row["number"]))
+        return sorted(last_to_leave[: self._config.per_task], key=lambda row: int(row["number"]))
 
 
 def thin(samples: CloningSamples, stride: int, offset: int) -> CloningSamples:
@@ -194,9 +201,9 @@ def thin(samples: CloningSamples, stride: int, offset: int) -> CloningSamples:
     )
 
 
-def _leaves_first(entry: Entry) -> tuple[int, bool, int]:
-    """The largest of these goes: the slowest, own before demonstration, older before newer."""
-    return entry.steps, not entry.demonstration, -entry.number
+def _leaves_first(steps: int, demonstration: bool, number: int) -> tuple[int, bool, int]:
+    """The entry with the largest of these goes: the slowest, own before demonstration, older before newer."""
+    return steps, not demonstration, -number
 
 
 def _gather(picked: Sequence[tuple[CloningSamples, int]]) -> CloningSamples:

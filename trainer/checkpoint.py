@@ -14,6 +14,11 @@ from bridge.errors import FieldtuneError
 from runtime.durable import write_atomic
 
 FORMAT = 1
+START_AGAIN = (
+    "to start again from the live version; the episodes that it was made from are not learned from again, and the "
+    "metrics so far are put aside"
+)
+"""What moving the checkpoint away is good for, and what it does."""
 
 
 class CheckpointError(FieldtuneError):
@@ -73,7 +78,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`, None if there is none. Raises `CheckpointError` if it cannot be read."""
     if not path.exists():
         return None
-    advice = "move it away to start again from the live version"
+    advice = f"move it away {START_AGAIN}"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch does not say what a damaged file can raise

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from trainer.batch import Batch, Float64
 from trainer.buffer import DemoBuffer
 from trainer.config import PPOConfig, SFTConfig
+from trainer.finite import finite_norm
 from trainer.samples import random_prefix, random_shift, random_wording
 from trainer.shapes import filled_up, minibatches
 from trainer.vla import VLA, Inputs, log_prob
@@ -74,7 +75,7 @@ class Update:
 
     policy_loss: float
     cloning_loss: float
-    """L_sbc, or L_kl in its place."""
+    """L_sbc, or L_kl in its place; without 1 - w, as `policy_loss` is without w."""
     kl: float
     """KL(pi_0 || pi), estimated as the mean of ratio - 1 - log ratio weighted by rho; never negative."""
     clip_fraction: float
@@ -246,7 +247,7 @@ def update(
 
     `advantage` `[N]` is as `advantages` gave it, `weight` `[tasks]` is w by task, `cloning_scale` is c. Images of the
     buffer are shifted and words left out as in supervised fine-tuning, `sft`. With `frozen`, L_kl to it takes the place
-    of L_sbc, and the buffer is not used.
+    of L_sbc, and the buffer is not used. Raises `NotFiniteError`, with the policy half changed.
     """
     task = batch.observations.task
     normal = torch.from_numpy(normalise_by_task(advantage, task.numpy(), batch.episode, batch.fresh).astype(np.float32))
@@ -274,21 +275,25 @@ def update(
             log_ratio, rho = new - before.index_select(0, rows), importance.index_select(0, rows)
             by_decision = rho * ppo_loss(log_ratio, normal.index_select(0, rows), config.clip)
             kl = float((rho * approximate_kl(log_ratio.detach())).sum() / rho.sum())
-            cloned = zero
+            cloned = unscaled = zero
             if frozen_mean is not None:
-                cloned = anchor_loss(mean, frozen_mean.index_select(0, rows), log_std, executed, (1 - w)[seen.task])
+                there = frozen_mean.index_select(0, rows)
+                cloned = anchor_loss(mean, there, log_std, executed, (1 - w)[seen.task])
+                unscaled = anchor_loss(mean.detach(), there, log_std, executed, torch.ones(len(rows)))
             elif clone:
                 count = max(1, round(len(rows) * CLONING_SHARE))
-                cloned = _buffer_loss(vla, buffer, 1 - w, count, sft, rng, generator, reduced)
+                cloned, unscaled = _buffer_loss(vla, buffer, 1 - w, count, sft, rng, generator, reduced)
             outside = (log_ratio.detach().exp() - 1).abs() > config.clip
-            sums.add(by_decision.mean(), cloned, kl, outside.float().mean())
+            policy_loss = by_decision.mean()
+            sums.add(policy_loss, unscaled, kl, outside.float().mean())
             kl_stop = kl > KL_STOP * config.target_kl
             if kl_stop:
                 break
             total = (w[seen.task] * by_decision).mean() + cloning_scale * cloned
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(total)
-            grad_norm += float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            grad_norm += finite_norm(norm, {"policy loss": policy_loss, "cloning loss": unscaled})
             optimiser.step()
             gradient_steps += 1
         if kl_stop:
@@ -330,8 +335,8 @@ def _buffer_loss(
     rng: np.random.Generator,
     generator: torch.Generator,
     reduced: bool,
-) -> Tensor:
-    """(1 - w) L_sbc over `count` samples of the buffer."""
+) -> tuple[Tensor, Tensor]:
+    """(1 - w) L_sbc over `count` samples of the buffer, and L_sbc itself, without gradients."""
     samples, task = buffer.sample(count, rng)
     images = {
         name: random_shift(torch.from_numpy(pixels), sft.shift_px, generator) for name, pixels in samples.images.items()
@@ -341,7 +346,8 @@ def _buffer_loss(
     tokens = random_wording(torch.from_numpy(samples.tokens), sft.word_dropout, generator)
     seen = images, torch.from_numpy(samples.state), tokens, prefix, prefix_mask
     mean, log_std = _forward(vla, seen, reduced)
-    return cloning_loss(target, mean, log_std, mask, scale_by_task[torch.from_numpy(task)])
+    scaled = cloning_loss(target, mean, log_std, mask, scale_by_task[torch.from_numpy(task)])
+    return scaled, cloning_loss(target, mean.detach(), log_std, mask, torch.ones(count))
 
 
 def _log_probs(vla: VLA, batch: Batch, rows_at_once: int, reduced: bool) -> Tensor:

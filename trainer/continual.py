@@ -38,7 +38,14 @@ from runtime.rundir import RunDir
 from trainer import metrics
 from trainer.batch import Batch, BatchError, build_batch, executed_decisions
 from trainer.buffer import DemoBuffer
-from trainer.checkpoint import Checkpoint, CheckpointError, TrainerState, load_checkpoint, save_checkpoint
+from trainer.checkpoint import (
+    START_AGAIN,
+    Checkpoint,
+    CheckpointError,
+    TrainerState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from trainer.chunked_ppo import Update, adapted_lr, advantages, next_values, update
 from trainer.config import TrainerConfig
 from trainer.critic import Critic, explained_variance, fit, values
@@ -73,7 +80,7 @@ def train(
     Goes on from the checkpoint in `run.trainer`, or from the registry's live version if there is none. `announce` makes
     the runtime serve a bundle and raises if it does not; `report` gets each line of the metrics; `warn` is told of what
     a person should know. Raises `ClaimedError` where another process trains this run, `TrainingError`,
-    `CheckpointError`, `BundleError`, `RatioError`.
+    `CheckpointError`, `BundleError`, `RatioError`, `NotFiniteError`.
     """
     if config.tensorboard:
         require_tensorboard()
@@ -88,9 +95,8 @@ def train(
                 trainer.save()
                 break
             line = trainer.iterate(rows)
-            if line is None:
-                break  # stopped half-way: the iteration is done again after a restart
-            report(line)
+            if line is not None:
+                report(line)
         return trainer.version
 
 
@@ -161,6 +167,7 @@ class ContinualTrainer:
         if not checkpoint:
             if not self._experience.seed(self._buffer, held, config.demos):
                 warn(f"{run.demos} has no demonstrations: the buffer starts empty")
+            self._start_again(start)
             self._versions.set_exploration(config.ppo)
         newest = self._index.list(limit=1)
         if newest and newest[0].seq < self._state.cursor:
@@ -176,6 +183,7 @@ class ContinualTrainer:
             stop=stop,
             warn=warn,
         )
+        self._passed_over = 0  # decisions that the next line is to count as stale
         self._cpu_time = cpu_time()
         self._started_s = time.monotonic()
         metrics.cut(run.metrics, self._state.iteration)
@@ -209,7 +217,11 @@ class ContinualTrainer:
     # --- one iteration ------------------------------------------------------------------------------------------------
 
     def iterate(self, rows: list[EpisodeRow]) -> dict[str, Any] | None:
-        """Learn from these rows, publish and announce; returns the metrics line, None if a stop came in between."""
+        """Learn from these rows, publish and announce; returns the metrics line.
+
+        None if a stop came in between, then the iteration is done again after a restart; and where no decision is young
+        enough, then the rows are taken.
+        """
         began_s = time.monotonic()
         episodes, counts = self._take(rows)
         if not episodes:
@@ -223,6 +235,9 @@ class ContinualTrainer:
             age=self._versions.age,
             max_age=self._versions.max_staleness_versions,
         )
+        if not batch.fresh.any():
+            self._pass_over(rows, len(batch) + counts["dropped_stale"])
+            return None
         ratio_error = check_ratio(batch, self._versions.behaviours, self._rng)
         warming_up = self._state.iteration < self._config.ppo.critic_warmup_iterations
         advantage, value_loss, variance = self._learn_value(batch, warming_up)
@@ -238,14 +253,6 @@ class ContinualTrainer:
             self._weight.add_kl(result.kl)
             for group in self._actor_optimiser.param_groups:
                 group["lr"] = adapted_lr(group["lr"], result.kl, self._config.ppo)
-            self._versions.add(
-                {
-                    "command": "train",
-                    "iteration": self._state.iteration,
-                    "env_steps": self._state.env_steps,
-                    "episodes_seq": [min(row.seq for row in rows), max(row.seq for row in rows)],
-                }
-            )
         line = {
             "iteration": self._state.iteration,
             "unix_s": time.time(),
@@ -269,18 +276,41 @@ class ContinualTrainer:
             "staleness_versions": float(batch.age[batch.fresh].mean()),
             "staleness_versions_max": int(batch.age[batch.fresh].max()),
             **counts,
-            "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()),
+            "dropped_stale": counts["dropped_stale"] + int((~batch.fresh).sum()) + self._passed_over,
             "collect_wait_s": self._intake.waited_s,
             "learn_s": time.monotonic() - began_s,
             "cpu_idle_share": self._cpu_idle_share(),
         }
+        # Each retry of what cannot be kept would leave a version that never is live.
+        metrics.require_finite(line)
+        if result is not None:
+            self._versions.add(
+                {
+                    "command": "train",
+                    "iteration": self._state.iteration,
+                    "env_steps": self._state.env_steps,
+                    "episodes_seq": [min(row.seq for row in rows), max(row.seq for row in rows)],
+                }
+            )
+        line |= {"version": self.version, "learn_s": time.monotonic() - began_s}
         metrics.append_line(self._run.metrics, line)
         if self._curves:
             self._curves.add(line)
-        self.save()
-        self._index.hold(self._state.cursor, self._state.labels, self._buffer.own_episodes())
+        self._passed_over = 0
+        self._save_and_hold()
         self._follow_live()
         return line
+
+    def _pass_over(self, rows: list[EpisodeRow], decisions: int) -> None:
+        """Take rows that nothing can be learned from: a version may have decided last without being played."""
+        self._warn(f"none of {decisions} decisions is young enough to learn from; they are passed over")
+        self._state.cursor, self._state.labels = self._intake.take(rows)
+        self._passed_over += decisions
+        self._save_and_hold()
+
+    def _save_and_hold(self) -> None:
+        self.save()
+        self._index.hold(self._state.cursor, self._state.labels, self._buffer.own_episodes())
 
     def _take(self, rows: list[EpisodeRow]) -> tuple[list[Episode], dict[str, int]]:
         """Read the episodes, tell buffer and weight of them, and give the newest ones that PPO can learn from."""
@@ -386,8 +416,8 @@ class ContinualTrainer:
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{self._checkpoint_path}: does not fit this deployment ({error}); it was made with other tasks, "
-                "cameras, trainer.vla or trainer.ppo.learn_sigma; choose another `name`, or move it away to start "
-                "again from the live version"
+                "cameras, trainer.vla or trainer.ppo.learn_sigma; choose another `name`, or move it away "
+                f"{START_AGAIN}"
             ) from error
         # The critic's learning rate of the configuration counts, not that which the checkpoint was made with.
         for group in self._critic_optimiser.param_groups:
@@ -396,6 +426,22 @@ class ContinualTrainer:
         self._generator.set_state(checkpoint.generator)
         self._weight.restore(self._state.weight)
         self._buffer.restore(self._state.buffer, self._experience.load)
+
+    def _start_again(self, start: str) -> None:
+        """Without a checkpoint: put aside what an earlier training of this run has written, and pass over the episodes
+        if the version `start` was made from some of them.
+        """
+        aside = metrics.put_aside(self._run)
+        lineage = Registry(self._run.registry).lineage(start)
+        learned = any(row.made.get("command") == "train" for row in lineage)
+        if learned:
+            newest, labels = self._index.list(limit=1), self._index.labels_after(0)
+            self._state.cursor = newest[0].seq if newest else 0
+            self._state.labels = labels[-1].number if labels else 0
+        if aside or learned:
+            passed = f"; the {self._state.cursor} episodes so far count as learned from" if learned else ""
+            kept = f"; what it wrote so far is in {' and '.join(map(str, aside))}" if aside else ""
+            self._warn(f"training has no checkpoint and starts again from version {start[:12]}{passed}{kept}")
 
     def _new_actor_optimiser(self) -> torch.optim.Adam:
         self._vla.log_sigma.requires_grad_(self._config.ppo.learn_sigma)

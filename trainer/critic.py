@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runtime.bundle import PolicySpec
 from trainer.batch import Batch, Float64, Observations
+from trainer.finite import finite_norm
 from trainer.shapes import filled_up, minibatches
 from trainer.vla import committed
 
@@ -113,7 +114,7 @@ def fit(
 ) -> float:
     """Regress V towards `target` `[N]` on all decisions of the batch; returns the mean squared error of the last pass.
 
-    Returns early, with NaN, when `stopped`.
+    Returns early, with NaN, when `stopped`. Raises `NotFiniteError`.
     """
     goal = torch.from_numpy(target.astype(np.float32))
     # Small batches are split too, so that a pass over them is more than one step.
@@ -128,7 +129,7 @@ def fit(
             loss = error.square().mean()
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM)
+            finite_norm(nn.utils.clip_grad_norm_(critic.parameters(), MAX_GRAD_NORM), {"value loss": loss})
             optimiser.step()
             losses.append(float(loss.detach()))
     return float(np.mean(losses)) if losses else float("nan")

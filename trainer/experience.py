@@ -14,6 +14,7 @@ from runtime.index import EpisodeIndex
 from runtime.reading import read_row
 from runtime.rundir import RunDir
 from trainer.buffer import DemoBuffer, thin
+from trainer.checkpoint import START_AGAIN
 from trainer.config import DemosConfig
 from trainer.demos import demo_rows
 from trainer.samples import CloningSamples, cloning_samples, wordings
@@ -62,7 +63,7 @@ class Experience:
         if row is None or row.deleted:
             raise ExperienceError(
                 f"{index.directory}: episode {episode} of the demonstration buffer is no longer in the log; put its "
-                "file back, or move the trainer's checkpoint away to start again from the live version"
+                f"file back, or move the trainer's checkpoint away {START_AGAIN}"
             )
         read = read_row(index, row)
         return self.demonstration(read) if demonstration else self.samples(read)

@@ -75,36 +75,41 @@ class Intake:
         useless: list[EpisodeRow] = []
         newest, ready = self._cursor, 0
         began_s = news_s = ready_s = time.monotonic()
-        was_on_trial = told = False
+        was_waiting = told = False
         while not finished():
             judged = self._judged(newest)
             known = {row.episode for row in judged}
             rows = [row for row in rows if row.episode not in known] + judged
             new = self._index.after(newest, PULL_ROWS)
-            # Asked once: a trial that ends below must not let rows through before what is live has been followed.
-            on_trial = self._versions.on_trial
+            # Asked once: what ends below must not let rows through before what is live has been followed.
+            waiting = self._versions.waiting
             if new:
                 rows += new
                 newest = new[-1].seq
                 news_s = time.monotonic()
-            if new or was_on_trial:
+            if new or was_waiting:
                 # Another version may be live, by rule or by hand: then everything is older than it was.
                 follow_live()
-            if new or judged or was_on_trial:
+            if new or judged or was_waiting:
                 before, ready = ready, sum(self._is_fresh(row) and not self._was_taken(row) for row in rows)
                 useless += new
                 if ready > before:
                     ready_s, useless = time.monotonic(), []
-            was_on_trial = on_trial
+            was_waiting = waiting
             if len(new) == PULL_ROWS:
                 continue
-            if ready >= self._wanted and not on_trial:
+            if ready >= self._wanted and not waiting:
                 self.waited_s = time.monotonic() - began_s
                 return rows
             if time.monotonic() - news_s > STILL_WAITING_S:
                 self._warn(f"waiting for episodes: {ready} of {self._wanted}, none in the last {STILL_WAITING_S:g} s")
                 news_s = time.monotonic()
-            if len(useless) >= self._wanted and not told and time.monotonic() - ready_s > STILL_WAITING_S:
+            if (
+                len(useless) >= self._wanted
+                and not told
+                and not waiting
+                and time.monotonic() - ready_s > STILL_WAITING_S
+            ):
                 self._warn(self._why_useless(useless))
                 told = True
             self._stop.wait(POLL_S)

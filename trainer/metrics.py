@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.durable import write_atomic
 from runtime.episode import Episode
+from runtime.rundir import RunDir
 from trainer.chunked_ppo import Update
+from trainer.finite import NotFiniteError
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -22,12 +25,22 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def require_finite(line: dict[str, Any]) -> None:
+    """Raise `NotFiniteError`, naming them, where there are numbers in it that JSON has not (NaN, infinity)."""
+    odd = [name for name, value in line.items() if not _is_json(value)]
+    if odd:
+        raise NotFiniteError(f"iteration {line['iteration']} is not kept; these are not finite: {', '.join(odd)}")
+
+
 def cut(path: Path, iteration: int) -> None:
-    """Drop the lines after `iteration`, and a torn last one: what they tell of is done again."""
+    """Drop the lines after `iteration`, and a torn last one: what they tell of is done again.
+
+    Writes nothing where there are none: on a full disk the trainer could not come up otherwise.
+    """
     if not path.exists():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    kept, content = [], path.read_bytes()
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -35,7 +48,17 @@ def cut(path: Path, iteration: int) -> None:
         if not isinstance(line, dict) or line.get("iteration", iteration + 1) > iteration:
             break
         kept.append(text + "\n")
-    write_atomic(path, "".join(kept).encode())
+    if (whole := "".join(kept).encode()) != content:
+        write_atomic(path, whole)
+
+
+def put_aside(run: RunDir) -> list[Path]:
+    """Move metrics and curves of an earlier training to NAME.old-TIME beside them; returns where they are now."""
+    moved = []
+    for path in (run.metrics, run.curves):
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            moved.append(path.rename(path.with_name(f"{path.name}.old-{int(time.time())}")))
+    return moved
 
 
 def results(episodes: Sequence[Episode], tasks: Sequence[str]) -> dict[str, Any]:
@@ -63,6 +86,14 @@ def losses(result: Update | None) -> dict[str, Any]:
         "gradient_steps": result.gradient_steps if result else 0,
         "bfloat16": result.bfloat16 if result else False,
     }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _success(episodes: Sequence[Episode]) -> float:

@@ -305,7 +305,10 @@ def _sft_hours(run: RunDir, first: VersionRow) -> float | None:
 
 
 def _decisions(rows: list[EpisodeRow], versions: list[VersionRow], metrics: list[dict[str, Any]]) -> int:
-    """Of the episodes up to the last one that a version was made from, less what was too old to learn from."""
+    """Of the episodes up to the last one that a version was made from, less what was too old to learn from and what
+    waits for somebody to judge it.
+    """
     taken = max((int(row.made["episodes_seq"][1]) for row in versions if "episodes_seq" in row.made), default=0)
     dropped: int = sum(line.get("dropped_stale", 0) for line in metrics)
-    return max(0, sum(row.decisions for row in rows if row.seq <= taken) - dropped)
+    learned = sum(row.decisions for row in rows if row.seq <= taken and row.status != "unjudged")
+    return max(0, learned - dropped)

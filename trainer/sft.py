@@ -18,10 +18,11 @@ import torch
 from tokenizers import Tokenizer
 
 from bridge.backend import BackendSpec, Float32, all_instructions
-from runtime.bundle import FORMAT, Bundle, PolicySpec, read_bundle
+from bridge.config import ConfigError
+from runtime.bundle import FORMAT, Bundle, BundleError, PolicySpec, read_bundle
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex, EpisodeRow
-from runtime.policy import encode
+from runtime.policy import InstructionError, encode
 from runtime.reading import read_row
 from runtime.registry import Registry
 from runtime.rundir import RunDir
@@ -31,8 +32,8 @@ from trainer.environment import installed
 from trainer.export import Exporter, become, probe_prefixes
 from trainer.samples import CloningSamples, cloning_samples, wordings
 from trainer.supervised import Dataset, SFTError, Training, gather
-from trainer.tokens import build_tokenizer
-from trainer.vla import VLA
+from trainer.tokens import TokenizerError, build_tokenizer
+from trainer.vla import VLA, VLAError
 
 PROBE_SAMPLES = 8
 LIBRARIES = ("torch", "onnxruntime", "numpy", "tokenizers", "fieldtune")
@@ -54,7 +55,7 @@ def run_sft(
     weights on equal hardware. A checkpoint is written every 15 s: after a stop or a kill the same call goes on from
     there, unless settings or demonstrations have changed, then it starts anew. `progress(step, steps)` is called after
     each gradient step; if `stopped()` the state is kept and None returned. Raises `SFTError` if the run has no
-    demonstrations of a task, `BundleError` if `start` is of another network.
+    demonstrations of a task, `ConfigError` if settings, backend and `start` do not go together (`new_policy`).
     """
     tasks = config.trained(spec)
     index = EpisodeIndex(run.demos)
@@ -65,33 +66,27 @@ def run_sft(
                 f"{run.demos} has no demonstration of {task!r}; `fieldtune demos` makes some where there is a "
                 "scripted expert, `fieldtune demos import DATASET CONFIG` takes those of a LeRobotDataset"
             )
-    policy = policy_spec(run.path.name, spec, config)
-    base = read_bundle(start) if start else None
-    tokenizer = (
-        Tokenizer.from_str(base.tokenizer)
-        if base
-        else build_tokenizer(all_instructions(spec), config.vla.vocabulary, config.vla.max_tokens)
-    )
-    tokens = partial(encode, tokenizer, max_tokens=config.vla.max_tokens)
-
-    def parts() -> Iterator[tuple[CloningSamples, Float32 | None]]:
-        for own in rows.values():
-            for row in own:
-                episode = read_row(index, row)
-                told = wordings(spec, row.task, episode.start.instruction, tokens)
-                samples = cloning_samples(episode, config.vla.horizon_steps, told)
-                yield samples, _privileged(episode) if config.sft.auxiliary else None
-
-    data = gather(parts(), sum(row.decisions for own in rows.values() for row in own))
     before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vla = VLA(config.vla, policy)
-            _initialise(vla, base, data)
-            fingerprint = _fingerprint(policy, spec, config, seed, rows, base)
-            training = Training(vla, policy, data, config.sft, seed, fingerprint)
+            vla, tokenizer, base = new_policy(run.path.name, spec, config, start)
+            tokens = partial(encode, tokenizer, max_tokens=config.vla.max_tokens)
+
+            def parts() -> Iterator[tuple[CloningSamples, Float32 | None]]:
+                for own in rows.values():
+                    for row in own:
+                        episode = read_row(index, row)
+                        told = wordings(spec, row.task, episode.start.instruction, tokens)
+                        samples = cloning_samples(episode, config.vla.horizon_steps, told)
+                        yield samples, _privileged(episode) if config.sft.auxiliary else None
+
+            data = gather(parts(), sum(row.decisions for own in rows.values() for row in own))
+            torch.set_num_threads(config.threads)
+            if base is None:
+                vla.set_state_statistics(data.state.mean(0), data.state.std(0, unbiased=False))
+            fingerprint = _fingerprint(vla.spec, spec, config, seed, rows, base)
+            training = Training(vla, vla.spec, data, config.sft, seed, fingerprint)
         loss = training.run(run.sft, progress, stopped)
     finally:
         torch.set_num_threads(before)
@@ -115,6 +110,41 @@ def run_sft(
     return version
 
 
+def new_policy(
+    name: str, spec: BackendSpec, config: TrainerConfig, start: Path | None
+) -> tuple[VLA, Tokenizer, Bundle | None]:
+    """The network before its first gradient step, its tokenizer, and the bundle `start` that both are of, if any.
+
+    The state statistics of a fresh one are not set. Raises `ConfigError` naming the setting where settings, backend and
+    `start` do not go together, so that a mistake can be found before there are demonstrations.
+    """
+    if config.sft.auxiliary and spec.privileged is None:
+        raise ConfigError(
+            f"$.trainer.sft.auxiliary: is {config.sft.auxiliary:g}, and {spec.name} has no privileged state that could "
+            "be predicted; it must be 0 here"
+        )
+    try:
+        vla = VLA(config.vla, policy_spec(name, spec, config))
+    except VLAError as error:
+        raise ConfigError(f"$.trainer.vla: no network can be made for {spec.name}: {error}") from error
+    try:
+        base = _become_base(vla, start) if start else None
+    except BundleError as error:
+        raise ConfigError(f"$.trainer.start: {start} cannot be gone on from: {error}") from error
+    try:
+        if base is None:
+            tokenizer = build_tokenizer(all_instructions(spec), config.vla.vocabulary, config.vla.max_tokens)
+        else:
+            tokenizer = Tokenizer.from_str(base.tokenizer)
+            for text in all_instructions(spec):
+                encode(tokenizer, text, config.vla.max_tokens)
+    except TokenizerError as error:
+        raise ConfigError(f"$.trainer.vla.vocabulary: {error}") from error
+    except InstructionError as error:
+        raise ConfigError(f"$.trainer.vla.max_tokens: {error}") from error
+    return vla, tokenizer, base
+
+
 def policy_spec(name: str, spec: BackendSpec, config: TrainerConfig) -> PolicySpec:
     """The spec of a policy made for this backend: all its cameras, its state, its actions, its rate."""
     return PolicySpec(
@@ -131,17 +161,16 @@ def policy_spec(name: str, spec: BackendSpec, config: TrainerConfig) -> PolicySp
     )
 
 
-def _initialise(vla: VLA, base: Bundle | None, data: Dataset) -> None:
-    """Weights and statistics of `base`, or a fresh network with the statistics of the data."""
-    if base is None:
-        vla.set_state_statistics(data.state.mean(0), data.state.std(0, unbiased=False))
-        return
+def _become_base(vla: VLA, start: Path) -> Bundle:
+    """Give the network weights and statistics of a bundle. Raises `BundleError`."""
+    base = read_bundle(start)
     # How it explores is for this deployment to say.
     fresh_spec, fresh_sigma = vla.spec, vla.log_sigma.detach().clone()
     become(vla, base)
     vla.spec = fresh_spec
     with torch.no_grad():
         vla.log_sigma.copy_(fresh_sigma)
+    return base
 
 
 def _privileged(episode: Episode) -> Float32:

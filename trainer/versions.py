@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 import torch
+from tokenizers import Tokenizer
 
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import Bundle, BundleError, read_bundle
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import PPOConfig
@@ -42,6 +43,9 @@ class Versions:
         self._policies, self._registry = run.policies, Registry(run.registry)
         self._vla, self._announce, self._warn = vla, announce, warn
         self._exporter = Exporter.of_bundle(vla, bundle)
+        self._tokenizer = _text_of(bundle)
+        self._found_foreign: dict[str, str] = {}
+        self._warned_of = ""
         self.behaviours = Behaviours(run.policies, vla, max_staleness_versions + 2)
         self.max_staleness_versions = max_staleness_versions
         """Decisions of older versions are not learned from."""
@@ -55,23 +59,33 @@ class Versions:
         self.current = version
 
     def age(self, version: str) -> int:
-        """How many versions ago it acted; more than `max_staleness_versions` if it explored with another noise than is
-        now, since nothing can be learned from that.
+        """How many versions ago it acted; more than `max_staleness_versions` if it is foreign or explored with another
+        noise than is now, since nothing can be learned from that.
         """
         age, limit = self.behaviours.age(version), self.max_staleness_versions
-        return age if age > limit or self.behaviours.explored_like(version, self._vla) else age + limit + 1
+        if age > limit:
+            return age
+        usable = not self._foreign(version) and self.behaviours.explored_like(version, self._vla)
+        return age if usable else age + limit + 1
 
     @property
     def on_trial(self) -> bool:
         """Whether it is not decided yet if the current version goes live (`runtime.staging`)."""
         return self._registry.stage(self.current) in ("candidate", "canary")
 
+    @property
+    def waiting(self) -> bool:
+        """Whether nothing can be learned now: the current version is on trial, or a foreign one is live."""
+        live = self._registry.live()
+        return self.on_trial or (live is not None and bool(self._foreign(live)))
+
     def follow_live(self) -> bool:
-        """Announce the current version, or follow whoever has gone back from it; whether that was so.
+        """Announce the current version, or follow whoever has gone back from it; whether other weights are current now.
 
         A version that never was live or on trial is one whose announcement is still to be made (now, or after a crash),
         unless somebody has gone back from its parent meanwhile: it would bring back what they wanted to be rid of. One
-        that is neither any more has been rejected or replaced on purpose: learning goes on from what is live.
+        that is neither any more has been rejected or replaced on purpose: learning goes on from what is live. If that
+        is foreign, of another network or tokenizer, the current version stays, until one is live that is not.
         """
         was_live = self.current in {change.version for change in self._registry.history()}
         unknown = not was_live and self._registry.stage(self.current) is None
@@ -79,14 +93,36 @@ class Versions:
             self._announce(self._policies / self.current)
         live = self._registry.live()
         replaced = False
-        if live is not None and live != self.current and not self.on_trial:
+        if live is not None and (why := self._foreign(live)):
+            if live != self._warned_of:
+                self._warn(
+                    f"version {live[:12]} is live, and it cannot be trained further ({why}); nothing is learned until "
+                    "another one is live"
+                )
+        elif live is not None and live != self.current and not self.on_trial:
             self._warn(f"version {live[:12]} is live, not {self.current[:12]}; going on from it")
             become(self._vla, read_bundle(self._policies / live))
             self.behaviours.remember(live, self._vla)
             self.current = live
             replaced = True
+        self._warned_of = live or ""
         self.behaviours.set_history(self._registry.acted())
         return replaced
+
+    def _foreign(self, version: str) -> str:
+        """Why its weights cannot be trained further here, nor what it did be learned from; empty if they can."""
+        if version not in self._found_foreign:
+            known = version in self.behaviours.recent()
+            self._found_foreign[version] = "" if known else self._difference(version)
+        return self._found_foreign[version]
+
+    def _difference(self, version: str) -> str:
+        try:
+            bundle = read_bundle(self._policies / version)
+            become(copy.deepcopy(self._vla), bundle)
+        except BundleError as error:
+            return str(error)
+        return "" if _text_of(bundle) == self._tokenizer else "its tokenizer is another"
 
     def set_exploration(self, ppo: PPOConfig) -> None:
         """Let the run explore with the noise that it asks for, if the version it starts from has another.
@@ -109,3 +145,8 @@ class Versions:
         frozen = copy.deepcopy(self._vla).requires_grad_(False)
         become(frozen, read_bundle(self._policies / self._registry.first().version))
         return frozen
+
+
+def _text_of(bundle: Bundle) -> str:
+    """Its tokenizer, written as an exporter does: a bundle made elsewhere may have the same one in other words."""
+    return Tokenizer.from_str(bundle.tokenizer).to_str()

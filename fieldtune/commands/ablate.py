@@ -125,7 +125,7 @@ def _child(start: Up, name: str, ablation: Ablation) -> Up:
     """The ablation's own deployment; refuses a run of that name that was made with other settings."""
     overrides = ablated_overrides(start.deployment, start.overrides, name, ablation)
     deployment = load_ablated(start.config, start.deployment, overrides, name)
-    child = Up(deployment, start.config, overrides, start.stop, start.quiet)
+    child = Up(deployment, start.config, overrides, start.stop, start.quiet, drives_on=False)
     path = child.run.path / "config.json"
     if path.exists() and msgspec.json.decode(path.read_bytes(), type=Deployment) != deployment:
         raise ConfigError(

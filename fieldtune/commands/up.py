@@ -21,15 +21,15 @@ from fieldtune.commands.common import Config, Json, Set, err, out, print_json, r
 from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
 from fieldtune.commands.report import make_report
 from fieldtune.commands.status import last_metrics, runtime_status, status_table
-from fieldtune.deployment import Deployment, find_bundle, load_deployment, require_workers
-from fieldtune.install import install_to_train, require_trainable
+from fieldtune.deployment import Deployment, load_deployment, require_workers
+from fieldtune.install import install_to_train, require_fine_tunable, require_trainable
 from fieldtune.page.child import PageChild
 from fieldtune.page.config import check_page_config
 from runtime.durable import claim, require_unclaimed, write_atomic
 from runtime.index import EpisodeIndex
 from runtime.registry import Registry
 from runtime.rundir import RunDir
-from runtime.supervisor import Child, ChildFailedError, stop_on_signals
+from runtime.supervisor import BAD_USAGE, Child, ChildFailedError, stop_on_signals
 from trainer.environment import this_environment
 from trainer.statistics import Evaluation
 from trainer.tensorboard import require_tensorboard
@@ -52,6 +52,8 @@ class Up:
     """Whether to evaluate before and after training."""
     training: bool = True
     """Whether there is a trainer. Without it the live version serves its mean action until somebody stops it."""
+    drives_on: bool = True
+    """Whether robots go on with the live version when the trainer has failed for good, until somebody stops them."""
     page: PageChild | None = None
 
     def __post_init__(self) -> None:
@@ -92,7 +94,8 @@ def up(
 
     Ctrl-C stops everything in order; the same command goes on where it stopped. It ends by itself when `trainer.stop`
     is reached, with a summary on goals never trained on and a page of plots in the run's directory. Meanwhile it
-    serves the operator's page (`page:` in the YAML), whose address it prints.
+    serves the operator's page (`page:` in the YAML), whose address it prints. When the trainer fails for good, robots
+    go on with the live version until Ctrl-C.
 
     Examples:
       fieldtune up quickstart
@@ -151,10 +154,13 @@ def run_to_the_end(this: Up) -> int:
     before = evaluate_version_of(this, first, "before") if evaluation else None
     if this.stop.is_set():
         return stopped(this)
-    deploy(this)
+    learned = deploy(this)
     if not this.training:
         this.say("stopped")
         return 0
+    if not learned:
+        this.say(f"the trainer had failed, so learning had stopped; {this.run.logs / 'trainer.log'} says why")
+        return stopped(this)
     if this.stop.is_set():
         return stopped(this)
     last = Registry(this.run.registry).live()
@@ -214,14 +220,19 @@ def remember_config(run: RunDir, deployment: Deployment) -> None:
 
 
 def prepare(this: Up) -> bool:
-    """Demonstrations and the first version, unless one is live already; False if stopped."""
+    """Demonstrations and the first version, unless one is live already; False if stopped.
+
+    Raises `ConfigError` for what would fail only later.
+    """
     registry, trainer = Registry(this.run.registry), this.deployment.trainer
+    backend = make_backend(this.deployment.backend)
+    trainer.post_trained(backend.spec)
     if (live := registry.live()) is not None:
         require_started_from(registry, trainer.policy)
         if this.training and registry.first().made.get("command") == "import":
             require_trainable(this.deployment, this.run.policies / live, live[:12])
         return True
-    has_expert = isinstance(make_backend(this.deployment.backend), HasExpert)
+    has_expert = isinstance(backend, HasExpert)
     if not has_expert and trainer.policy is None and not EpisodeIndex(this.run.demos).count(status="success"):
         raise ConfigError(
             f"$.backend: {this.deployment.backend.name} has no scripted expert, and {this.run.registry} has no policy; "
@@ -230,8 +241,8 @@ def prepare(this: Up) -> bool:
         )
     # Mistakes show before the demonstrations, which may take hours.
     given = install_to_train(this.deployment, trainer.policy) if trainer.policy is not None else None
-    if given is None and trainer.start is not None:
-        find_bundle(trainer.start)
+    if given is None:
+        require_fine_tunable(this.deployment, backend.spec)
     for command in (["demos"] if has_expert else []) + (["sft"] if given is None else []):
         # Their progress bars are the user's; so their output is not sent to a log.
         child = Child(command, fieldtune_command(command, this.config, this.overrides), None)
@@ -263,8 +274,8 @@ def evaluate_version_of(this: Up, version: str, title: str) -> Evaluation | None
     )
 
 
-def deploy(this: Up) -> None:
-    """Runtime, workers and trainer side by side until the trainer is done or the user stops it."""
+def deploy(this: Up) -> bool:
+    """Runtime, workers and trainer side by side until the trainer is done or the user stops it; see `watch`."""
     config, overrides, bridge = this.config, this.overrides, this.deployment.bridge
     serve = fieldtune_command("serve", config, overrides)
     runtime = this.child("runtime", serve if this.training else [*serve, "--mean"])
@@ -281,7 +292,7 @@ def deploy(this: Up) -> None:
         wait_for_runtime(this, runtime)
         for child in [*trainers, *workers]:
             child.start()
-        watch(this, children)
+        return watch(this, children)
     finally:
         # Workers first, so that no robot asks a runtime that is gone; the runtime last, so that nothing is lost.
         for group in (workers, trainers, [runtime]):
@@ -311,15 +322,32 @@ def wait_for_runtime(this: Up, runtime: Child) -> None:
                 ) from error
 
 
-def watch(this: Up, children: list[Child]) -> None:
-    """Keep the children alive and the table fresh until the trainer is done or the user stops."""
+def watch(this: Up, children: Sequence[Child]) -> bool:
+    """Keep the children alive and the table fresh until the trainer is done or the user stops; False if it failed.
+
+    A trainer that fails for good ends the learning, not the robots' work (`Up.drives_on`). Raises `ChildFailedError`
+    where another child fails so, and where the trainer refuses the configuration at its first start: that is the
+    user's mistake, and should show while the user looks.
+    """
     title = f"{this.deployment.name}  (Ctrl-C stops; the same command goes on)"
     minutes = this.deployment.trainer.stop.minutes
+    children = [*children]
+    failed: Child | None = None
+    learned_before = last_metrics(this.run.metrics)
     next_line_s = 0.0
     with LiveTable(console=err, refresh_per_second=2, transient=False) as live:
         while not this.asked_to_stop():
-            if 0 in [child.keep_alive(warn) for child in children]:
-                return
+            for child in [*children]:
+                try:
+                    if child.keep_alive(warn) == 0:
+                        return True
+                except ChildFailedError as error:
+                    began = child.restarts or last_metrics(this.run.metrics) != learned_before
+                    if not (child.ends and this.drives_on) or (error.code == BAD_USAGE and not began):
+                        raise
+                    warn(f"{error}\nlearning has stopped; robots go on with the live version until you stop them")
+                    failed = child
+                    children.remove(child)
             try:
                 now = runtime_status(this.deployment, timeout_s=1.0)
             except SilentError:
@@ -328,11 +356,13 @@ def watch(this: Up, children: list[Child]) -> None:
             metrics = last_metrics(this.run.metrics) if this.training else {}
             done = f"  {metrics['minutes']:.1f} of {minutes:g} minutes" if metrics and minutes else ""
             table = status_table(now, metrics, title=title + done)
-            restarts = sum(child.restarts for child in children)
-            if restarts:
+            if failed:
+                table.add_row("learning", f"has stopped: the trainer failed ({failed.log})", style="red")
+            if any(child.restarts for child in children):
                 table.add_row("restarts", ", ".join(f"{c.name} {c.restarts}" for c in children if c.restarts))
             live.update(table)
             if not err.is_terminal and time.monotonic() > next_line_s:
                 next_line_s = time.monotonic() + PLAIN_LINE_EVERY_S
                 err.print(table)
             this.stop.wait(0.5)
+    return failed is None

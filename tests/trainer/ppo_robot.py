@@ -83,20 +83,24 @@ class Robot:
         explore: bool = True,
         judged: bool = True,
         first_seed: int | None = None,
+        unplayed: str = "",
     ) -> list[int]:
         """Steps of each episode. `version` acts, the live one if not given; `stamp` is a false version in the log;
         `darker` makes a log that does not hold what the policy saw; without `judged` nobody knows how they went. Seeds
-        are new ones, or count from `first_seed`."""
+        are new ones, or count from `first_seed`. The version `unplayed` makes a last decision that is not executed."""
         acting = version or self._registry.live()
         assert acting is not None
         if self._policy is None or self._policy.version != acting:
             self._policy = Policy.load(self._run.policies / acting)
         first = 10_000 + self._count if first_seed is None else first_seed
         return [
-            self._episode(self._policy, stamp or acting, darker, explore, judged, first + i) for i in range(episodes)
+            self._episode(self._policy, stamp or acting, darker, explore, judged, first + i, unplayed)
+            for i in range(episodes)
         ]
 
-    def _episode(self, policy: Policy, version: str, darker: bool, explore: bool, judged: bool, seed: int) -> int:
+    def _episode(
+        self, policy: Policy, version: str, darker: bool, explore: bool, judged: bool, seed: int, unplayed: str
+    ) -> int:
         self._count += 1
         episode = f"{self._count:032x}"
         rng = np.random.default_rng(seed)
@@ -132,6 +136,9 @@ class Robot:
             executed = {"sent": np.array(sent, np.float32), "reward": np.array(rewards, np.float32)}
             self._log.append(episode, ExecutedRecord(decision=decision, tensors=tensor_records(executed)))
             decision += 1
+        if unplayed:
+            last = DecisionRecord(decision=decision, step=step, version=unplayed, tensors=tensor_records(tensors))
+            self._log.append(episode, last)
         done = threading.Event()
         end = EndRecord(
             status=status if judged else "unjudged", steps=step, reason="", tensors=tensor_records(self._tensors())
@@ -172,3 +179,16 @@ class Robot:
     def close(self) -> None:
         self._log.close()
         self._backend.close()
+
+
+class Turns(threading.Event):
+    """Each time that the trainer waits, the next of these happens; it must not wait more often than there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[Callable[[], None]] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert self.left, "the trainer waits for nothing"
+        self.left.pop(0)()
+        return False

@@ -137,6 +137,25 @@ def test_bookkeeping(config: BufferConfig, seeds: list[int], first: Offers, then
         assert (drawn[0] == drawn[1]).all()
 
 
+def test_a_smaller_buffer_is_filled_with_the_best_of_a_larger_one() -> None:
+    offers = [("a", 20), ("a", 30), ("a", 10), ("b", 7)]
+    whole = filled(BufferConfig(per_task=10, quantile=1.0), [20, 40], offers)
+    state = json.loads(json.dumps(whole.state()))
+    loaded: list[str] = []
+    smaller = DemoBuffer(BufferConfig(per_task=3, quantile=1.0), ("a", "b"))
+
+    def load(episode: str, _demonstration: bool) -> CloningSamples:
+        loaded.append(episode)
+        return samples(1)
+
+    smaller.restore(state, load)
+    # The slowest have gone, and of two equally slow ones the own episode would be next.
+    assert ids(smaller) == ["seed0", "own0", "own2"] and ids(smaller, "b") == ["own3"]
+    assert loaded == ["seed0", "own0", "own2", "own3"], "what does not stay is not read"
+    assert smaller.offer("a", "new", 15, ("v",), lambda: samples(1))
+    assert ids(smaller) == ["seed0", "own2", "new"]
+
+
 def test_without_admission_the_demonstrations_are_all_there_is() -> None:
     offers = [("a", 5), ("b", 5)]
     assert ids(filled(BufferConfig(), [30], offers)) == ["seed0", "own0"]

@@ -27,7 +27,8 @@ from trainer.chunked_ppo import (
     update,
 )
 from trainer.config import BufferConfig, PPOConfig, SFTConfig, VLAConfig
-from trainer.samples import cloning_samples
+from trainer.finite import NotFiniteError
+from trainer.samples import cloning_samples, random_prefix, random_shift, random_wording
 from trainer.vla import VLA
 
 torch.set_num_threads(1)
@@ -259,7 +260,7 @@ def run_update(
     batch: Batch,
     advantage: np.ndarray,
     *,
-    w: float = 1.0,
+    w: float | tuple[float, float] = 1.0,
     c: float = 0.0,
     buffer: DemoBuffer | None = None,
     frozen: VLA | None = None,
@@ -272,7 +273,7 @@ def run_update(
         batch,
         advantage,
         buffer or DemoBuffer(BufferConfig(), TASKS),
-        np.full(2, w, np.float32),
+        np.broadcast_to(np.array(w, np.float32), 2).copy(),
         config,
         cloning_scale=c,
         frozen=frozen,
@@ -401,6 +402,15 @@ def test_stale_decisions_are_not_learned_from() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in vla.parameters())
 
 
+def test_a_gradient_that_is_not_finite_is_not_followed() -> None:
+    vla = tiny_vla()
+    batch = sampled_batch(vla, [4] * 64, 0)
+    batch.log_prob[3] = math.nan
+    with pytest.raises(NotFiniteError, match=r"the gradient is nan \(policy loss nan, cloning loss 0\)"):
+        run_update(vla, batch, np.random.default_rng(0).normal(size=64))
+    assert all(torch.equal(now, old) for now, old in zip(vla.parameters(), tiny_vla().parameters(), strict=True))
+
+
 def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
     vla = tiny_vla()
     buffer = DemoBuffer(BufferConfig(), TASKS)
@@ -433,6 +443,62 @@ def test_w_zero_clones_the_buffer_and_nothing_else() -> None:
     run_update(correlated, batch, np.zeros(64), w=0.0, c=1.0, buffer=buffer, config=config)
     for mine, other in zip(vla.parameters(), correlated.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-6)
+
+
+def two_task_buffer() -> DemoBuffer:
+    buffer = DemoBuffer(BufferConfig(), TASKS)
+    for i, task in enumerate(TASKS * 3):
+        samples = cloning_samples(episode([1] * 6, task=task, name=f"d{i}", seed=i), 4, tokens("")[None])
+        buffer.seed(task, f"d{i}", 6, ("expert",), samples)
+    return buffer
+
+
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+def test_what_cloning_is_said_to_cost_does_not_depend_on_w(anchored: bool) -> None:
+    config = PPOConfig(lr=1e-9, epochs=1, minibatch=64)
+    losses = []
+    for w in (0.0, 0.9, 1.0, (0.2, 0.7)):
+        vla, frozen = tiny_vla(), None
+        if anchored:
+            frozen = tiny_vla()
+            with torch.no_grad():
+                frozen.head.bias += 0.5
+        batch = sampled_batch(vla, [4] * 64, 0)
+        result = run_update(
+            vla, batch, np.zeros(64), w=w, c=1.0, buffer=two_task_buffer(), frozen=frozen, config=config
+        )
+        assert result is not None
+        losses.append(result.cloning_loss)
+    assert losses[0] > 0.1 and losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_cloning_pulls_at_each_task_by_its_own_weight() -> None:
+    vla, w, c = tiny_vla(), (0.2, 0.7), 0.3
+    batch = sampled_batch(vla, [4] * 64, 0)
+    config = PPOConfig(epochs=1, minibatch=64, max_grad_norm=1e9)
+    still = torch.optim.SGD(vla.parameters(), lr=0.0)
+    result = run_update(vla, batch, np.zeros(64), w=w, c=c, buffer=two_task_buffer(), config=config, optimiser=still)
+    assert result is not None and result.gradient_steps == 1
+    found = [gradient(parameter) for parameter in vla.parameters()]
+    # The same samples again, drawn as the update has drawn them.
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    rng.permutation(64)
+    samples, task = two_task_buffer().sample(32, rng)
+    images = {name: random_shift(torch.from_numpy(pixels), 1, generator) for name, pixels in samples.images.items()}
+    target, executed = torch.from_numpy(samples.target), torch.from_numpy(samples.mask)
+    *_, mask = random_prefix(target, executed, 0, generator)
+    words = random_wording(torch.from_numpy(samples.tokens), SFTConfig().word_dropout, generator)
+    vla.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=result.bfloat16):
+        mean, log_std = vla(images, torch.from_numpy(samples.state), words)
+    scale = (1 - torch.tensor(w))[torch.from_numpy(task)]
+    torch.autograd.backward(c * cloning_loss(target, mean.float(), log_std.float(), mask, scale))
+    assert any(mine.any() for mine in found)
+    assert all(torch.equal(mine, gradient(other)) for mine, other in zip(found, vla.parameters(), strict=True))
 
 
 def test_a_demonstration_is_cloned_after_the_part_of_it_that_is_told() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import shutil
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ from runtime.index import EpisodeIndex, EpisodeRow
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer import continual, intake, metrics
+from trainer.checkpoint import load_checkpoint
 from trainer.config import DemosConfig, StopConfig, TrainerConfig
 from trainer.continual import ContinualTrainer, TrainingError, train
 from trainer.demos import demo_rows
 from trainer.experience import ExperienceError
 from trainer.export import Exporter
+from trainer.finite import NotFiniteError
 from trainer.ratio import RatioError
 
 torch.set_num_threads(1)
@@ -245,6 +249,30 @@ def test_episodes_that_came_late_are_learned_from_a_version_old(run: RunDir, rob
     assert line["dropped_stale"] == 0
 
 
+def test_episodes_in_which_a_young_version_decided_but_was_not_played_are_passed_over(
+    run: RunDir, robot: Robot
+) -> None:
+    config = msgspec.structs.replace(SMALL, max_staleness_versions=0)
+    warnings: list[str] = []
+    trainer, registry = make_trainer(run, config, warnings=warnings), Registry(run.registry)
+    iterate(trainer, robot)
+    before = trainer.version
+    iterate(trainer, robot)
+    assert trainer.version != before and len(registry.list()) == 2
+    robot.run(4, version=before, unplayed=trainer.version)
+    rows = trainer.collect()
+    assert rows is not None and trainer.iterate(rows) is None
+    decisions = sum(row.decisions - 1 for row in rows)
+    assert warnings == [f"none of {decisions} decisions is young enough to learn from; they are passed over"]
+    assert len(registry.list()) == 2 and len(lines(run)) == 2
+    checkpoint = load_checkpoint(run.trainer / "checkpoint.pt")
+    assert checkpoint is not None and checkpoint.state.cursor == rows[-1].seq
+    line = iterate(trainer, robot)
+    assert (line["iteration"], line["episodes"], line["dropped_stale"]) == (3, 4, decisions)
+    line = iterate(make_trainer(run, config), robot)
+    assert (line["iteration"], line["episodes"], line["dropped_stale"]) == (4, 4, 0)
+
+
 def test_a_backlog_is_cut_to_its_newest_episodes(run: RunDir, robot: Robot) -> None:
     line = iterate(make_trainer(run), robot, 11)
     assert line["episodes"] == 8
@@ -334,6 +362,25 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     assert line["env_steps"] == sum(row.steps for row in EpisodeIndex(run.episodes).after(0))
 
 
+def test_an_iteration_whose_figures_are_not_finite_leaves_no_version(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(run, changed(ppo={"critic_warmup_iterations": 0}))
+    update = continual.update
+
+    def overflows(*arguments: Any, **named: Any) -> Any:
+        return dataclasses.replace(update(*arguments, **named), kl=float("inf"))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(NotFiniteError, match="iteration 1 is not kept; these are not finite: kl"),
+    ):
+        patch.setattr(continual, "update", overflows)
+        iterate(trainer, robot)
+    assert len(Registry(run.registry).list()) == 1 and not run.metrics.exists()
+    assert iterate(make_trainer(run), robot)["iteration"] == 1
+
+
 def test_curves_are_those_of_the_metrics_through_a_crash(
     run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +434,43 @@ def test_a_buffer_whose_episodes_are_gone_is_not_resumed(run: RunDir, robot: Rob
     EpisodeIndex(run.episodes).mark_deleted(held[:1])
     with pytest.raises(ExperienceError, match=held[0]):
         make_trainer(run)
+
+
+def test_without_its_checkpoint_it_starts_again_and_learns_from_nothing_twice(run: RunDir, robot: Robot) -> None:
+    config = msgspec.structs.replace(SMALL, tensorboard=True)
+    trainer, index = make_trainer(run, config), EpisodeIndex(run.episodes)
+    robot.run(4, judged=False)
+    robot.run(4)
+    iterate(trainer, robot, 0)
+    for row in index.after(0)[:4]:
+        index.label(row.episode, "success", "ada")
+    live = iterate(trainer, robot, 0)["version"]
+    assert Registry(run.registry).live() == live
+    before = run.metrics.read_text()
+    (run.trainer / "checkpoint.pt").rename(run.trainer / "checkpoint.away")
+    warnings: list[str] = []
+    again = make_trainer(run, config, warnings=warnings)
+    (said,) = warnings
+    assert f"starts again from version {live[:12]}; the 8 episodes so far count as learned from" in said
+    (kept,) = run.trainer.glob("metrics.jsonl.old-*")
+    (curves,) = run.trainer.glob("tensorboard.old-*")
+    assert kept.read_text() == before and str(kept) in said and str(curves) in said
+    steps = robot.run(4)
+    line = iterate(again, robot, 0)
+    assert (line["iteration"], line["env_steps"], line["episodes"]) == (1, sum(steps), 4)
+    assert lines(run) == [json.loads(json.dumps(line))]
+    warnings.clear()
+    make_trainer(run, config, warnings=warnings)
+    assert warnings == [] and lines(run) == [json.loads(json.dumps(line))]
+
+
+def test_without_its_checkpoint_a_version_that_learned_nothing_takes_all_episodes(run: RunDir, robot: Robot) -> None:
+    iterate(make_trainer(run), robot)
+    (run.trainer / "checkpoint.pt").unlink()
+    warnings: list[str] = []
+    again = make_trainer(run, warnings=warnings)
+    assert iterate(again, robot)["episodes"] == 8
+    assert len(warnings) == 1 and "count as learned from" not in warnings[0]
 
 
 def test_a_run_without_demonstrations_starts_with_an_empty_buffer(run: RunDir, robot: Robot) -> None:
@@ -610,6 +694,20 @@ def test_train_stops_at_its_limit_and_does_not_start_again(run: RunDir, robot: R
     assert version == reports[-1]["version"] == Registry(run.registry).live()
     assert train(run, SPEC, config, 0, **arguments) == version
     assert len(lines(run)) == 2
+
+
+def test_training_goes_on_after_rows_that_were_passed_over(
+    run: RunDir, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate, calls = ContinualTrainer.iterate, itertools.count()
+    monkeypatch.setattr(ContinualTrainer, "iterate", lambda self, rows: iterate(self, rows) if next(calls) else None)
+    robot.run(4)
+    reports: list[dict[str, Any]] = []
+    config = msgspec.structs.replace(SMALL, stop=StopConfig(iterations=1))
+    train(
+        run, SPEC, config, 0, announce=partial(announce, run), stop=threading.Event(), report=reports.append, warn=print
+    )
+    assert [line["iteration"] for line in reports] == [1]
 
 
 def test_a_run_has_one_trainer(run: RunDir) -> None:

@@ -7,6 +7,7 @@ from ppo_episodes import TASKS, episode, policy_spec, tokens
 from trainer.batch import Batch, build_batch
 from trainer.config import PPOConfig
 from trainer.critic import Critic, explained_variance, fit, values
+from trainer.finite import NotFiniteError
 
 torch.set_num_threads(1)
 
@@ -43,6 +44,16 @@ def test_tells_tasks_apart() -> None:
     optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3)
     loss = fit(critic, optimiser, batch, target, epochs=30, rng=np.random.default_rng(0), stopped=lambda: False)
     assert loss < 0.05
+
+
+def test_a_target_that_is_not_finite_is_not_learned() -> None:
+    batch = batch_of(4)
+    critic = Critic(policy_spec(), 1, len(TASKS))
+    optimiser = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    target = np.full(len(batch), np.nan)
+    with pytest.raises(NotFiniteError, match=r"the gradient is nan \(value loss nan\)"):
+        fit(critic, optimiser, batch, target, epochs=1, rng=np.random.default_rng(0), stopped=lambda: False)
+    assert all(torch.isfinite(parameter).all() for parameter in critic.parameters())
 
 
 def test_sees_what_is_committed() -> None:

@@ -106,6 +106,18 @@ def test_what_a_run_cost(three: list[Contestant]) -> None:
     assert paused[-1] == pytest.approx(training_hours(rows, run.metrics)[-1]) == pytest.approx(hours[-1], abs=1e-6)
 
 
+def test_what_waits_to_be_judged_has_cost_steps_and_was_not_learned_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", MT10, result(FIRST, 78), result(LAST, 60))
+    before = read_run(run.path).cost
+    rows = EpisodeIndex(run.episodes).after(0, 10**6)
+    shutil.rmtree(run.episodes)
+    run.episodes.mkdir()
+    EpisodeIndex(run.episodes).add([*[replace(row, status="unjudged") for row in rows[:3]], *rows[3:]])
+    after = read_run(run.path).cost
+    assert after.decisions == before.decisions - sum(row.decisions for row in rows[:3])
+    assert (after.env_steps, after.episodes) == (before.env_steps, before.episodes)
+
+
 def test_the_page_shows_both_sets(three: list[Contestant], tmp_path: Path) -> None:
     make_run(tmp_path / "many", MT10, result(FIRST, 76, 1), result(LAST, 40), demos=100)
     store_evaluation(RunDir(tmp_path / "many").evaluation(LAST + "-held-out"), result(LAST, 41, 4))

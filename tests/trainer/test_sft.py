@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from bridge.backend import Observation, instruction_of
 from bridge.backends import make_backend
 from bridge.backends.point import Point, PointOptions
-from bridge.config import BackendConfig
-from runtime.bundle import BundleError, read_bundle
+from bridge.config import BackendConfig, ConfigError
+from runtime.bundle import read_bundle
 from runtime.index import EpisodeIndex
 from runtime.policy import Policy
 from runtime.reading import read_episode
@@ -178,7 +178,7 @@ import msgspec
 import trainer.supervised
 from trainer.sft import run_sft
 from bridge.backends import make_backend
-from bridge.config import BackendConfig
+from bridge.config import BackendConfig, ConfigError
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
 
@@ -310,9 +310,9 @@ def test_another_base_starts_anew_and_one_of_another_network_is_refused(
     assert train(run, config, stop_at=25, start=base) is None
     assert first_loss(run) < 0.5 * fresh
     wide = replace(CONFIG, vla=replace(CONFIG.vla, width=32))
-    with pytest.raises(BundleError, match=r"trainer\.vla"):
+    with pytest.raises(ConfigError, match=r"\$\.trainer\.start: .*trainer\.vla"):
         train(new_run(tmp_path / "wide", demos), wide, start=base)
-    with pytest.raises(BundleError, match="horizon"):
+    with pytest.raises(ConfigError, match=r"\$\.trainer\.start: .*horizon"):
         long = replace(CONFIG, vla=replace(CONFIG.vla, horizon_steps=6))
         train(new_run(tmp_path / "long", demos), long, start=base)
 
@@ -347,7 +347,7 @@ def test_a_backend_without_privileged_state_has_nothing_to_predict(tmp_path: Pat
     run = RunDir(tmp_path / "run")
     config = replace(CONFIG, demos=DemosConfig(2), sft=SFTConfig(steps=1, batch=8, auxiliary=1.0))
     collect_demos(lambda: backend, run.demos, config.demos, (), 60, lambda done, total: None)
-    with pytest.raises(SFTError, match=r"no privileged state; trainer\.sft\.auxiliary must be 0"):
+    with pytest.raises(ConfigError, match=r"\$\.trainer\.sft\.auxiliary: is 1, and point has no privileged state"):
         run_sft(run, backend.spec, config, 0, lambda step, steps: None)
     assert Registry(run.registry).live() is None
 

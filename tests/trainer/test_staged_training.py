@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from ppo_robot import BACKEND, CONFIG, Robot, prepared_run
+from ppo_robot import BACKEND, CONFIG, Robot, Turns, prepared_run
 
 from bridge.backends import make_backend
 from runtime.bundle import read_bundle
@@ -28,19 +27,6 @@ SMALL = replace(
     episodes_per_iteration=4,
     ppo=replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1, critic_warmup_iterations=0),
 )
-
-
-class Turns(threading.Event):
-    """Each time that the trainer waits, the next of these happens; it must not wait more often than there are any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: list[Callable[[], None]] = []
-
-    def wait(self, timeout: float | None = None) -> bool:
-        assert self.left, "the trainer waits for nothing"
-        self.left.pop(0)()
-        return False
 
 
 class Scene:
