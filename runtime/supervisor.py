@@ -80,6 +80,11 @@ class Child:
         if self.niceness:
             _stand_back(self.process.pid, self.niceness)
 
+    @property
+    def runs(self) -> bool:
+        """Whether the process is there now."""
+        return self.process is not None and self.process.poll() is None
+
     def keep_alive(self, warn: Callable[[str], None]) -> int | None:
         """Call often: 0 once a process that may end has ended well, else None; restarts it after a failure.
 
@@ -89,7 +94,10 @@ class Child:
         if self.process is None:
             if now_s >= self._start_again_s:
                 self.restarts += 1
-                self.start()
+                try:
+                    self.start()
+                except OSError as error:
+                    raise ChildFailedError(f"{self.name} cannot be started: {error}") from error
             return None
         code = self.process.poll()
         if code is None or (code == 0 and self.ends):
@@ -105,6 +113,12 @@ class Child:
         self._start_again_s = now_s + pause_s
         self._release()
         return None
+
+    def try_again_after(self, pause_s: float) -> None:
+        """`keep_alive` is to start one that has failed for good once more, after a pause."""
+        self._failures.clear()
+        self._start_again_s = time.monotonic() + pause_s
+        self._release()
 
     def wait(self, stopped: Callable[[], bool]) -> int:
         """Run to the end; if `stopped` comes first, stop the process. Returns the exit code."""

@@ -17,6 +17,7 @@ from bridge.backend import HasExpert
 from bridge.backends import make_backend
 from bridge.client import SilentError
 from bridge.config import ConfigError
+from bridge.messages import WireError
 from fieldtune.commands.common import Config, Json, Set, err, out, print_json, run_dir, warn
 from fieldtune.commands.evaluate import drive_command, evaluate_version, evaluation_table, fieldtune_command
 from fieldtune.commands.report import make_report
@@ -35,6 +36,9 @@ from trainer.statistics import Evaluation
 from trainer.tensorboard import require_tensorboard
 
 RUNTIME_START_S = 60.0
+RECOVERY_S = 0.2  # more for each logged episode that the index lacks: those are read first
+BRIDGE = "bridge-"
+FAILED_BRIDGE_S = 60.0  # before a bridge that has failed for good is tried again, while others work
 PLAIN_LINE_EVERY_S = 10.0  # where the output is not a terminal
 
 
@@ -284,7 +288,7 @@ def deploy(this: Up) -> bool:
         trainer.ends = True
     workers = [
         this.child(name, drive_command(config, overrides, name), bridge.niceness)
-        for name in (f"bridge-{i}" for i in range(bridge.workers))
+        for name in (f"{BRIDGE}{i}" for i in range(bridge.workers))
     ]
     children = [runtime, *trainers, *workers]
     try:
@@ -309,7 +313,8 @@ def stop_together(children: Sequence[Child]) -> None:
 
 def wait_for_runtime(this: Up, runtime: Child) -> None:
     """Until the runtime answers; its failure or silence is an error with the end of its log."""
-    deadline = time.monotonic() + RUNTIME_START_S
+    limit_s = start_limit_s(this.run)
+    deadline = time.monotonic() + limit_s
     while not this.stop.is_set():
         try:
             runtime_status(this.deployment, timeout_s=0.5)
@@ -317,22 +322,29 @@ def wait_for_runtime(this: Up, runtime: Child) -> None:
         except SilentError as error:
             runtime.keep_alive(warn)
             if time.monotonic() > deadline:
-                raise ChildFailedError(
-                    f"the runtime did not answer within {RUNTIME_START_S:g} s{runtime.tail()}"
-                ) from error
+                raise ChildFailedError(f"the runtime did not answer within {limit_s:g} s{runtime.tail()}") from error
+
+
+def start_limit_s(run: RunDir) -> float:
+    """How long the runtime may take to answer. An index that was lost is made anew from all files of the log."""
+    files = sum(1 for _ in (run.episodes / "done").glob("*"))
+    indexed = sum(not deleted for deleted in EpisodeIndex(run.episodes).known().values())
+    return RUNTIME_START_S + RECOVERY_S * max(0, files - indexed)
 
 
 def watch(this: Up, children: Sequence[Child]) -> bool:
     """Keep the children alive and the table fresh until the trainer is done or the user stops; False if it failed.
 
-    A trainer that fails for good ends the learning, not the robots' work (`Up.drives_on`). Raises `ChildFailedError`
-    where another child fails so, and where the trainer refuses the configuration at its first start: that is the
-    user's mistake, and should show while the user looks.
+    A trainer that fails for good ends the learning, not the robots' work (`Up.drives_on`), and a bridge that does, not
+    that of the others: it is tried again every minute. Raises `ChildFailedError` where the runtime or the last bridge
+    fails so, and where the trainer refuses the configuration at its first start: that is the user's mistake, and should
+    show while the user looks.
     """
     title = f"{this.deployment.name}  (Ctrl-C stops; the same command goes on)"
     minutes = this.deployment.trainer.stop.minutes
     children = [*children]
     failed: Child | None = None
+    dead: dict[str, Child] = {}
     learned_before = last_metrics(this.run.metrics)
     next_line_s = 0.0
     with LiveTable(console=err, refresh_per_second=2, transient=False) as live:
@@ -342,6 +354,13 @@ def watch(this: Up, children: Sequence[Child]) -> bool:
                     if child.keep_alive(warn) == 0:
                         return True
                 except ChildFailedError as error:
+                    if child.name.startswith(BRIDGE):
+                        dead[child.name] = child
+                        if not this.drives_on or len(dead) == this.deployment.bridge.workers:
+                            raise
+                        warn(f"{error}\nthe others go on; it is tried again in {FAILED_BRIDGE_S:g} s")
+                        child.try_again_after(FAILED_BRIDGE_S)
+                        continue
                     began = child.restarts or last_metrics(this.run.metrics) != learned_before
                     if not (child.ends and this.drives_on) or (error.code == BAD_USAGE and not began):
                         raise
@@ -350,14 +369,17 @@ def watch(this: Up, children: Sequence[Child]) -> bool:
                     children.remove(child)
             try:
                 now = runtime_status(this.deployment, timeout_s=1.0)
-            except SilentError:
+            except (SilentError, WireError):
                 this.stop.wait(0.2)
                 continue
+            dead = {name: child for name, child in dead.items() if not child.runs}
             metrics = last_metrics(this.run.metrics) if this.training else {}
             done = f"  {metrics['minutes']:.1f} of {minutes:g} minutes" if metrics and minutes else ""
             table = status_table(now, metrics, title=title + done)
             if failed:
                 table.add_row("learning", f"has stopped: the trainer failed ({failed.log})", style="red")
+            for name, child in dead.items():
+                table.add_row(name, f"has failed ({child.log}); tried again every {FAILED_BRIDGE_S:g} s", style="red")
             if any(child.restarts for child in children):
                 table.add_row("restarts", ", ".join(f"{c.name} {c.restarts}" for c in children if c.restarts))
             live.update(table)

@@ -61,10 +61,16 @@ class FakeChild:
     def __init__(self, name: str, *looks: Callable[[], int | None]) -> None:
         self.name, self.ends, self.restarts, self.log = name, name == "trainer", 0, Path(f"logs/{name}.log")
         self.looked, self._looks = 0, [*looks]
+        self.again_s: list[float] = []
+        self.runs = True
 
     def keep_alive(self, _warn: Any) -> int | None:
         self.looked += 1
         return self._looks.pop(0)() if self._looks else None
+
+    def try_again_after(self, pause_s: float) -> None:
+        self.again_s.append(pause_s)
+        self.runs = False
 
 
 def runs() -> int | None:
@@ -88,8 +94,8 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
     return console
 
 
-def made(tmp_path: Path, **fields: Any) -> up.Up:
-    return up.Up(load_deployment("point", (f"runs={tmp_path}",)), "point", (), Stop(), False, **fields)
+def made(tmp_path: Path, *overrides: str, **fields: Any) -> up.Up:
+    return up.Up(load_deployment("point", (f"runs={tmp_path}", *overrides)), "point", (), Stop(), False, **fields)
 
 
 def test_robots_go_on_when_the_trainer_has_failed_for_good(tmp_path: Path, screen: Console) -> None:
@@ -103,6 +109,26 @@ def test_robots_go_on_when_the_trainer_has_failed_for_good(tmp_path: Path, scree
     said = screen.export_text()
     assert said.count("it failed with exit code 1") == 1 and "the end of its log" in said
     assert "has stopped: the trainer failed (logs/trainer.log)" in said
+
+
+def test_a_bridge_that_has_failed_for_good_is_tried_again_while_another_works(tmp_path: Path, screen: Console) -> None:
+    runtime, dead, works = FakeChild("runtime"), FakeChild("bridge-0", failing(1)), FakeChild("bridge-1")
+    this = made(tmp_path, "bridge.workers=2")
+    assert up.watch(this, [runtime, dead, works])  # type: ignore[list-item]
+    assert dead.again_s == [up.FAILED_BRIDGE_S] and dead.looked == works.looked == ROUNDS
+    assert "has failed (logs/bridge-0.log); tried again every 60 s" in screen.export_text()
+    both = [FakeChild(f"bridge-{i}", failing(1)) for i in range(2)]
+    with pytest.raises(ChildFailedError):
+        up.watch(made(tmp_path, "bridge.workers=2"), [runtime, *both])  # type: ignore[list-item]
+
+
+def test_a_runtime_that_has_to_read_its_log_may_take_longer(tmp_path: Path) -> None:
+    this = made(tmp_path)
+    assert up.start_limit_s(this.run) == up.RUNTIME_START_S
+    (this.run.episodes / "done").mkdir(parents=True)
+    for number in range(10):
+        (this.run.episodes / "done" / f"{number}.ep").touch()
+    assert up.start_limit_s(this.run) == up.RUNTIME_START_S + 10 * up.RECOVERY_S
 
 
 def test_a_trainer_that_is_done_ends_it(tmp_path: Path, screen: Console) -> None:

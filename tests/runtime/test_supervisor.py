@@ -124,6 +124,23 @@ def test_pauses_grow_and_failures_are_bounded(make: Make, monkeypatch: pytest.Mo
     assert "no camera on /dev/video0" in message and str(child.log) in message
 
 
+def test_one_that_has_failed_for_good_is_tried_again_when_told(make: Make, tmp_path: Path) -> None:
+    child = make("raise SystemExit(2)")
+    child.start()
+    while child.runs:
+        time.sleep(0.01)
+    with pytest.raises(ChildFailedError):
+        child.keep_alive(lambda message: None)
+    child.command = [sys.executable, "-c", SLEEP]
+    child.try_again_after(0.0)
+    assert child.keep_alive(lambda message: None) is None and child.runs and child.restarts == 1
+    child.stop()
+    child.command = [str(tmp_path / "nothing")]
+    child.try_again_after(0.0)
+    with pytest.raises(ChildFailedError, match=r"cannot be started: .*No such file"):
+        child.keep_alive(lambda message: None)
+
+
 def test_one_that_is_to_go_on_is_started_again_however_it_ended(make: Make) -> None:
     """A runtime and a robot's worker that somebody stops by a signal leave in order, with exit code 0."""
     child = make("print('left in order')")
