@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from runtime.bundle import PolicySpec
 from trainer.batch import Batch, Float64, Observations
 from trainer.finite import finite_norm
-from trainer.shapes import filled_up, minibatches
+from trainer.shapes import filled_up, image_parts, minibatches
 from trainer.vla import committed
 
 WIDTH = 256
@@ -70,8 +70,7 @@ class Critic(nn.Module):
             assert observations.prefix is not None and observations.prefix_mask is not None
             parts.append(committed(observations.prefix, observations.prefix_mask, self.center, self.half_range))
         for name, encoder in zip(self._cameras, self.encoders, strict=True):
-            pixels = observations.images[name].permute(0, 3, 1, 2).float() / 255.0 - 0.5
-            parts.append(encoder(nn.functional.interpolate(pixels, size=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), mode="area")))
+            parts.append(encoder(image_parts(_shrunk, observations.images[name])))
         values: Tensor = self.head(torch.cat(parts, dim=1))
         return values.squeeze(1)
 
@@ -139,6 +138,12 @@ def explained_variance(value: Float64, target: Float64) -> float:
     """1 - Var(target - value) / Var(target): 1 is perfect, 0 no better than a constant; 0 for a constant target."""
     variance = float(np.var(target))
     return 1.0 - float(np.var(target - value)) / variance if variance > 1e-12 else 0.0
+
+
+def _shrunk(image: Tensor) -> Tensor:
+    """uint8 `[B, H, W, 3]` -> float32 `[B, 3, 32, 32]` from -0.5 to 0.5."""
+    pixels = image.permute(0, 3, 1, 2).float() / 255.0 - 0.5
+    return nn.functional.interpolate(pixels, size=(IMAGE_SIDE_PX, IMAGE_SIDE_PX), mode="area")
 
 
 def _encoder() -> nn.Module:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bridge.errors import FieldtuneError
 from runtime.bundle import PolicySpec
 from trainer.config import VLAConfig
+from trainer.shapes import image_parts
 
 PADDING = 0
 MAX_STATE = 10.0
@@ -132,7 +133,7 @@ class VLA(nn.Module):
         if self.state_mean.numel():
             parts.append(((state - self.state_mean) / self.state_std).clamp(-MAX_STATE, MAX_STATE))
         for camera, encoder in zip(self.spec.cameras, self.encoders, strict=True):
-            parts.append(encoder(images[camera.name], text))
+            parts.append(image_parts(encoder, images[camera.name], text))
         wide = self.fusion[0](torch.cat(parts, dim=1))
         # The rest is small; in bfloat16 it would make most of the error of the log-prob.
         with torch.autocast("cpu", enabled=False):
