@@ -357,6 +357,7 @@ def test_a_stop_that_is_not_confirmed_does_not_sink(arm):
 
     lift.advance = loaded
     time.sleep(0.3)
+    arm._servos._bus._timeout_s = 0.2
     arm.emulated.set_fault("missing=6")
     with pytest.raises(BackendError, match="gripper"):
         arm.stop()

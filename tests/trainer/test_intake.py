@@ -16,7 +16,7 @@ from trainer.versions import Versions
 
 def make_intake(index: EpisodeIndex, *, cursor: int = 0, age: int = 0, warnings: list[str] | None = None) -> Intake:
     """One that wants 4 episodes of the task "reach", of versions that are all `age` versions old."""
-    versions: Any = SimpleNamespace(age=lambda version: age, max_staleness_versions=2, on_trial=False)
+    versions: Any = SimpleNamespace(age=lambda version: age, max_staleness_versions=2, waiting=False)
     return Intake(
         index,
         cast(Versions, versions),
