@@ -33,9 +33,8 @@ demo: install ## install, then the whole loop on one MetaWorld task: minutes, tw
 
 test: install-dev ## all tests; under ten minutes on two cores
 	@# A short directory: the tests make sockets in theirs, and a socket's path may have 107 bytes.
-	@# One process more than there are cores: many tests wait for processes of their own.
 	@there=$$(mktemp -d /tmp/ft.XXXX) && \
-		$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 			--basetemp=$$there && rm -rf $$there
 
 lint: install-dev ## ruff and mypy

@@ -478,15 +478,16 @@ def test_a_cable_that_was_out_is_connected_anew_after_a_reset_and_not_in_silence
     until(lambda: worker.guard.state[0] == "stopping", "the stop that cannot be confirmed")
     connects = robot.calls.count("connect")
     operator.request(Operate(command="reset"), Operated)
-    until(lambda: worker.guard.state[0] == "stopping", "the fourth failure to connect")
-    assert robot.calls.count("connect") - connects == MAX_FAULTS + 1
+    until(lambda: robot.calls.count("connect") == connects + MAX_FAULTS + 1, "the fourth failure to connect")
+    until(lambda: worker.guard.state[0] == "stopping", "the stop after it")
+    assert robot.calls.count("connect") == connects + MAX_FAULTS + 1
     assert sum("No such device; the episode is given up" in warning for warning in worker.warnings) == MAX_FAULTS
     robot.out = False
     until(lambda: worker.guard.state[0] == "stopped", "the stop")
     connects = robot.calls.count("connect")
     operator.request(Operate(command="reset"), Operated)
     until(lambda: worker.guard.state[0] == "driving", "the robot to drive again")
-    assert robot.calls.count("connect") == connects + 1
+    assert robot.calls.count("connect") == connects + 1, "and not when the stop alone had come through"
 
 
 def test_after_a_fault_somebody_has_to_say_again_that_the_scene_is_ready(
