@@ -7,6 +7,7 @@ The guarding thread waits for no call of the backend, but for `stop` for a secon
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -127,7 +128,10 @@ class Guard:
             if self.stopped:
                 raise StoppedError(self.stopped)
             self._halted, self._leaving = "", leaving
-            self._device.check_free()
+        self._device.check_free()  # without the latch: a stop must not wait for that
+        with self._latch:
+            self.check_running()
+            self._device.sent()  # a stop from before does not count for what the reset does
             self._episode, self.ending, self.holding, self._moving = episode, "", "", False
             self._resetting = True
         try:
@@ -187,7 +191,7 @@ class Guard:
         """The backend's status and reward."""
         with self._device:
             outcome = self.call(self._backend.outcome)
-        if self.paced and not np.isfinite(outcome.reward):
+        if self.paced and not self.call(lambda: math.isfinite(outcome.reward)):
             raise BackendError(f"{self._backend.spec.name}: outcome gave a reward of {outcome.reward!r}")
         return outcome
 

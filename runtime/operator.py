@@ -15,8 +15,6 @@ from runtime.router import Router
 from runtime.sessions import OpenEpisode, Session, Sessions
 
 LONGEST_RESET_S = 600.0  # a reset that takes longer hangs
-MOST_WHY = 500  # characters of a reason in the status, whose header is small
-MOST_NAME = 200  # characters of a client's name there
 
 
 @dataclass(slots=True)
@@ -64,7 +62,7 @@ class Operator:
         # So does one that was stopped.
         stopped = known.stopped if known else self._stopped_names.get(message.client, "")
         if message.state in ("stopping", "stopped"):
-            self._stopped_names[message.client] = message.why[:MOST_WHY]
+            self._stopped_names[message.client] = message.why
         elif known:
             self._stopped_names.pop(message.client, None)
         was_resetting = known is not None and known.state == message.state == "resetting"
@@ -95,7 +93,7 @@ class Operator:
         """Pass an order on, then note it and answer."""
         reset, resume = message.command == "reset", message.command == "resume"
         if message.command == "stop":
-            self.stopped = message.why[:MOST_WHY] or "by the operator"
+            self.stopped = message.why or "by the operator"
         elif reset:
             self.stopped = ""
             self._stopped_names.clear()
@@ -140,14 +138,14 @@ class Operator:
     def robots(self) -> dict[str, str]:
         """Name -> what it does, and why."""
         return {
-            self._name(robot): f"{robot.state}: {robot.why[:MOST_WHY]}" if robot.why else robot.state
+            self._name(robot): f"{robot.state}: {robot.why}" if robot.why else robot.state
             for robot in self._robots.values()
         }
 
     def _name(self, robot: Robot) -> str:
         """That of its client; of several with one name all but the first go by their own."""
         first = next(other for other in self._robots.values() if other.client == robot.client)
-        return (robot.client if first is robot else robot.own_name)[:MOST_NAME]
+        return robot.client if first is robot else robot.own_name
 
     def _change(self, robot: Robot, message: Operate) -> None:
         match message.command:

@@ -386,8 +386,8 @@ def test_a_robot_is_stopped_though_no_thread_can_be_started(monkeypatch: pytest.
     assert g.robot.calls == ["stop"] and g.guard.state == ("stopped", "a hand")
 
 
-def test_an_episode_does_not_begin_while_a_hold_of_the_dead_man_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge.device.STOP_S", 0.05)
+def hanging_hold() -> tuple[Guarded, threading.Event]:
+    """The dead-man's hold hangs in the driver until the event is set."""
     hangs, go = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -400,6 +400,12 @@ def test_an_episode_does_not_begin_while_a_hold_of_the_dead_man_hangs(monkeypatc
     g.clock.work(0.6)
     g.guard.tick()
     assert hangs.wait(ENOUGH_S)
+    return g, go
+
+
+def test_an_episode_does_not_begin_while_a_hold_of_the_dead_man_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.device.STOP_S", 0.05)
+    g, go = hanging_hold()
     g.guard.stop("a hand")
     g.guard.reset()
     with pytest.raises(BackendError, match="a call of fake has not returned"):
@@ -409,19 +415,53 @@ def test_an_episode_does_not_begin_while_a_hold_of_the_dead_man_hangs(monkeypatc
     g.begin("e2")
 
 
-def test_a_stop_ends_the_wait_of_a_loop_for_a_hold_that_hangs() -> None:
-    hangs, go = threading.Event(), threading.Event()
+def test_a_stop_does_not_wait_for_an_episode_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bridge.device.STOP_S", ENOUGH_S)
+    g, go = hanging_hold()
+    begun = threading.Event()
+    check_free = g.guard._device.check_free
 
-    def hang() -> None:
-        hangs.set()
-        _waited(go)
+    def checked() -> None:
+        begun.set()
+        check_free()
 
-    g = Guarded(Robot(on={"apply": hang}))
+    monkeypatch.setattr(g.guard._device, "check_free", checked)
+    errors: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            g.guard.begin("e2", lambda: pytest.fail("it was stopped before"))
+        except StoppedError as error:
+            errors.append(error)
+
+    loop = threading.Thread(target=begin)
+    loop.start()
+    assert begun.wait(ENOUGH_S)
+    g.guard.stop("a hand")
+    assert g.guard.state == ("stopped", "a hand") and loop.is_alive()
+    go.set()
+    loop.join(ENOUGH_S)
+    assert [str(error) for error in errors] == ["a hand"]
+
+
+def test_a_stop_that_nobody_waited_for_does_not_count_for_the_next_way_home() -> None:
+    go = threading.Event()
+    g = Guarded(Robot(on={"stop": lambda: _waited(go)}))
     g.begin()
-    g.guard.waiting()
-    g.clock.work(0.6)
-    g.guard.tick()
-    assert hangs.wait(ENOUGH_S)
+    g.guard.stop("a hand")
+    assert g.guard.state[0] == "stopping"
+    go.set()
+    for thread in threading.enumerate():
+        if thread.name == "stop":
+            thread.join(ENOUGH_S)
+    g.guard.reset()  # before a tick has seen that it had returned
+    with pytest.raises(StoppedError, match="again"):
+        g.guard.begin("e2", lambda: g.guard.stop("again"))
+    assert g.robot.calls == ["stop", "stop"]
+
+
+def test_a_stop_ends_the_wait_of_a_loop_for_a_hold_that_hangs() -> None:
+    g, go = hanging_hold()
     stop = threading.Timer(0.2, g.guard.stop, ["a hand"])
     stop.start()
     with pytest.raises(StoppedError, match="a hand"):
@@ -594,6 +634,9 @@ def test_what_a_driver_says_it_has_sent_is_checked(sent: Any) -> None:
         g.guard.apply(STILL)
     g.robot.outcome = lambda: Outcome("running", float("nan"))  # type: ignore[method-assign]
     with pytest.raises(BackendError, match="reward of nan"):
+        g.guard.outcome()
+    g.robot.outcome = lambda: None  # type: ignore[method-assign, return-value]
+    with pytest.raises(BackendError, match="AttributeError"):
         g.guard.outcome()
 
 
