@@ -107,6 +107,7 @@ def test_a_runtime_that_is_killed_in_mid_chunk_leaves_a_robot_that_holds_stops_s
     stopped = calls.index(("stop", None))
     assert set(calls[1:played]) == {("apply", ACTION)}
     assert set(calls[played:stopped]) == {("apply", 0.0)}, "between the chunk and the stop the robot holds"
+    until(lambda: len(arm.said.splitlines()) >= 2, "the robot to say so")
     holding, stopping = arm.said.splitlines()[:2]
     assert holding.startswith("holding: the runtime has been silent for 1.")
     assert stopping.startswith(("stopped: the runtime has been silent", "stopped: the control loop has been waiting"))
@@ -155,7 +156,7 @@ def test_a_stop_reaches_all_robots_and_not_one_action_follows(
         after = [note for note in robot.notes[:first] if note.at_s > asked_s]
         record_property(f"{name}_ms", round(1e3 * (robot.notes[first].at_s - asked_s), 1))
         record_property(f"{name}_actions_before_the_stop", len(after))
-        assert "stopped: a hand" in robot.said
+        until(lambda robot=robot: "stopped: a hand" in robot.said, "the robot to say so")
     aborted = serving.log.index.list(limit=10, status="aborted")
     assert [row.reason for row in aborted] == ["stopped: a hand"] * 2
     assert serving.status()["stopped"] == "a hand"
