@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from bridge.backend import ActionSpec, BackendSpec, Float32, Observation, Outcome, VectorSpec
+from bridge.config import SafetyConfig
+from bridge.guard import Guard
+from bridge.messages import Orders
 
 ROBOT = BackendSpec(
     name="fake",
@@ -21,10 +25,16 @@ ROBOT = BackendSpec(
 )
 """At its whole range in a second, a step is at most 0.1 rad of a and 0.2 rad of b; a first jump 0.5 and 1.0 rad."""
 
+TICK_S = 1 / ROBOT.control_hz
+ENOUGH_S = 30.0
+
 
 def f32(*rows: Any) -> Float32:
     """A float32 array."""
     return np.array(rows, np.float32)
+
+
+STILL = f32(0, 0)
 
 
 @dataclass
@@ -81,3 +91,34 @@ class Robot:
 
     def close(self) -> None:
         self._called("close")
+
+
+class Guarded:
+    """A guard, the robot behind it, and a clock."""
+
+    def __init__(self, robot: Robot | None = None, **config: Any) -> None:
+        self.clock, self.robot = Clock(), robot or Robot()
+        self.warnings: list[str] = []
+        settings = SafetyConfig(**{"hold_after_s": 0.5, "stop_after_s": 2.0, **config})
+        self.guard = Guard(self.robot, settings, warn=self.warnings.append, clock=self.clock)
+
+    def begin(self, episode: str = "e1") -> None:
+        self.guard.begin(episode, lambda: self.robot.reset("t", 0))
+        self.robot.calls.clear()
+
+    def tick(self) -> None:
+        """Tick once, and wait for the hold that this may have begun."""
+        self.guard.tick()
+        for thread in threading.enumerate():
+            if thread.name == "guard":
+                thread.join(ENOUGH_S)
+
+    def pass_time(self, seconds: float, *, runtime: bool = False, loop: bool = False) -> None:
+        """Tick at the control rate; the runtime or the loop may be alive meanwhile."""
+        for _ in range(round(seconds / TICK_S)):
+            self.clock.work(TICK_S)
+            if runtime:
+                self.guard.obey(Orders())
+            if loop:
+                self.guard.apply(STILL)
+            self.tick()
