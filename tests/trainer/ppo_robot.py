@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from bridge.backend import instruction_of
 from bridge.backends import make_backend
@@ -18,6 +20,7 @@ from runtime.records import tensor_records
 from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import BufferConfig, DemosConfig, PPOConfig, SFTConfig, TrainerConfig, VLAConfig, WeightConfig
+from trainer.continual import ContinualTrainer
 from trainer.demos import collect_demos
 from trainer.sft import run_sft
 
@@ -39,21 +42,22 @@ CONFIG = TrainerConfig(
     buffer=BufferConfig(per_task=250),
     weight=WeightConfig(ramp_iterations=1.0, cloning_scale=0.01),
 )
+SMALL = replace(
+    CONFIG,
+    episodes_per_iteration=4,
+    ppo=replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1, critic_warmup_iterations=0),
+)
+"""Iterations that are made at once, and each of which makes a version."""
 
 
-_prepared: list[RunDir] = []
-
-
-def prepared_run(directory: Callable[[], Path]) -> RunDir:
-    """A run with demonstrations and a live SFT version, made in `directory()` once for all test files. Copy it."""
-    if not _prepared:
-        run = RunDir(directory() / "run")
-        run.path.mkdir()
-        backend = make_backend(BACKEND)
-        collect_demos(lambda: backend, run.demos, CONFIG.demos, (), HORIZON_STEPS, lambda _done, _total: None)
-        assert run_sft(run, backend.spec, CONFIG, 0, lambda _done, _total: None) is not None
-        _prepared.append(run)
-    return _prepared[0]
+def prepare(directory: Path) -> RunDir:
+    """A run with demonstrations and a live SFT version."""
+    run = RunDir(directory / "run")
+    run.path.mkdir()
+    backend = make_backend(BACKEND)
+    collect_demos(lambda: backend, run.demos, CONFIG.demos, (), HORIZON_STEPS, lambda _done, _total: None)
+    assert run_sft(run, backend.spec, CONFIG, 0, lambda _done, _total: None) is not None
+    return run
 
 
 def announce(run: RunDir, path: Path) -> None:
@@ -192,3 +196,38 @@ class Turns(threading.Event):
         assert self.left, "the trainer waits for nothing"
         self.left.pop(0)()
         return False
+
+
+def nothing() -> None:
+    """A moment passes."""
+
+
+class TrainingScene:
+    """A run, a robot, and a trainer whose versions go live at once."""
+
+    def __init__(self, run: RunDir, config: TrainerConfig = SMALL) -> None:
+        self.run, self.config = run, config
+        self.registry, self.robot, self.turns = Registry(run.registry), Robot(run), Turns()
+        self.said: list[str] = []
+        self.trainer = self.start()
+
+    def start(self) -> ContinualTrainer:
+        """Start the trainer, or start it anew."""
+        spec = make_backend(BACKEND).spec
+        self.trainer = ContinualTrainer(
+            self.run, spec, self.config, 0, announce=self.announce, stop=self.turns, warn=self.said.append
+        )
+        return self.trainer
+
+    def announce(self, path: Path) -> None:
+        """Make it live."""
+        announce(self.run, path)
+
+    def iterate(self, *turns: Callable[[], None]) -> dict[str, Any]:
+        """One iteration, for which the trainer has to wait exactly so often."""
+        self.turns.left = list(turns)
+        rows = self.trainer.collect()
+        assert rows is not None and not self.turns.left
+        line = self.trainer.iterate(rows)
+        assert line is not None
+        return line

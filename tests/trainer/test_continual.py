@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from ppo_robot import BACKEND, CONFIG, Robot, announce, prepared_run
+from ppo_robot import BACKEND, CONFIG, Robot, announce
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridge.backend import BackendSpec
@@ -47,11 +47,6 @@ SMALL = msgspec.structs.replace(
     episodes_per_iteration=4,
     ppo=msgspec.structs.replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1),
 )
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture

@@ -6,58 +6,24 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from msgspec.structs import replace
-from ppo_robot import BACKEND, CONFIG, Robot, Turns, announce, prepared_run
+from ppo_robot import CONFIG, TrainingScene, nothing
 from tokenizers import Tokenizer
 
-from bridge.backends import make_backend
 from runtime.bundle import PARTS, read_bundle, write_bundle
-from runtime.registry import Registry
 from runtime.rundir import RunDir
-from trainer.continual import ContinualTrainer
 from trainer.export import Exporter, become
 from trainer.tokens import build_tokenizer
 from trainer.vla import VLA
 
 torch.set_num_threads(1)
-SPEC = make_backend(BACKEND).spec
-SMALL = replace(
-    CONFIG,
-    episodes_per_iteration=4,
-    ppo=replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1, critic_warmup_iterations=0),
-)
 
 
-class Scene:
-    """A run, a robot and a trainer whose versions go live at once."""
-
-    def __init__(self, run: RunDir) -> None:
-        self.run, self.registry, self.robot, self.turns = run, Registry(run.registry), Robot(run), Turns()
-        self.said: list[str] = []
-        self.trainer = self.start()
-
-    def start(self) -> ContinualTrainer:
-        self.trainer = ContinualTrainer(
-            self.run,
-            SPEC,
-            SMALL,
-            0,
-            announce=lambda path: announce(self.run, path),
-            stop=self.turns,
-            warn=self.said.append,
-        )
-        return self.trainer
-
-    def iterate(self) -> dict[str, Any]:
-        rows = self.trainer.collect()
-        assert rows is not None and not self.turns.left
-        line = self.trainer.iterate(rows)
-        assert line is not None
-        return line
+class Scene(TrainingScene):
+    """Versions of somebody else's come into the run."""
 
     def add(self, kind: str) -> str:
         """Make a version that is not the trainer's, as `fieldtune policies add` does."""
@@ -75,21 +41,12 @@ class Scene:
         return version
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
-
-
 @pytest.fixture
 def scene(prepared: RunDir, tmp_path: Path) -> Iterator[Scene]:
     shutil.copytree(prepared.path, tmp_path / "run")
     made = Scene(RunDir(tmp_path / "run"))
     yield made
     made.robot.close()
-
-
-def nothing() -> None:
-    """A moment passes."""
 
 
 @pytest.mark.parametrize("kind", ["network", "tokenizer"])
@@ -106,8 +63,7 @@ def test_it_waits_until_another_is_live(scene: Scene, kind: str, restarts: bool)
         scene.start()
         assert scene.trainer.version == own
     # There is enough to learn from; but what would come of it replaces what somebody has made live.
-    scene.turns.left = [nothing, nothing, lambda: scene.registry.set_live(own, why="test")]
-    line = scene.iterate()
+    line = scene.iterate(nothing, nothing, lambda: scene.registry.set_live(own, why="test"))
     assert scene.registry.get(line["version"]).parent == own and scene.registry.live() == line["version"]
     stale = sum(row.decisions for row in scene.trainer._index.after(8, 8))
     assert line["episodes"] == 4 and line["dropped_stale"] == stale > 0 and line["ratio_error"] < 0.02

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from ppo_robot import BACKEND, CONFIG, Robot, prepared_run
+from ppo_robot import BACKEND, CONFIG, Robot
 from vla_samples import INSTRUCTIONS, TOLD_SPEC, observations, tokenizer, told_vla
 
 from bridge.backend import Observation
@@ -32,11 +32,6 @@ from trainer.vla import VLA
 
 torch.set_num_threads(1)
 SPEC = make_backend(BACKEND).spec
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture

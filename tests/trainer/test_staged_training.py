@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +11,25 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
-from ppo_robot import BACKEND, CONFIG, Robot, Turns, prepared_run
+from ppo_robot import SMALL, TrainingScene, nothing
 
-from bridge.backends import make_backend
 from runtime.bundle import read_bundle
-from runtime.registry import Registry
 from runtime.rundir import RunDir
 from trainer.config import TrainerConfig
-from trainer.continual import ContinualTrainer
 
 torch.set_num_threads(1)
-SPEC = make_backend(BACKEND).spec
-SMALL = replace(
-    CONFIG,
-    episodes_per_iteration=4,
-    ppo=replace(CONFIG.ppo, epochs=1, critic_warmup_epochs=1, critic_epochs=1, critic_warmup_iterations=0),
-)
 
 
-class Scene:
-    """A run, a robot, a trainer, and a runtime that does what the test says."""
+class Scene(TrainingScene):
+    """Versions are staged, and the runtime does what the test says."""
 
     def __init__(self, run: RunDir, config: TrainerConfig = SMALL) -> None:
-        self.run, self.config = run, config
-        self.registry, self.robot, self.turns = Registry(run.registry), Robot(run), Turns()
         self.announced: list[str] = []
-        self.said: list[str] = []
+        super().__init__(run, config)
         self.live = str(self.registry.live())
         self.registry.enter(self.live, "live", why="test")
-        self.trainer = self.start()
 
-    def start(self) -> ContinualTrainer:
-        self.trainer = ContinualTrainer(
-            self.run, SPEC, self.config, 0, announce=self._announce, stop=self.turns, warn=self.said.append
-        )
-        return self.trainer
-
-    def _announce(self, path: Path) -> None:
+    def announce(self, path: Path) -> None:
         """Through the gate, and into a canary."""
         self.announced.append(path.name)
         self.registry.enter(path.name, "candidate", why="announced")
@@ -62,15 +44,6 @@ class Scene:
         self.registry.enter(self.announced[-1], "live", why="promoted")
         self.live = self.announced[-1]
 
-    def iterate(self, *turns: Callable[[], None]) -> dict[str, Any]:
-        """One iteration, for which the trainer has to wait exactly so often."""
-        self.turns.left = list(turns)
-        rows = self.trainer.collect()
-        assert rows is not None and not self.turns.left
-        line = self.trainer.iterate(rows)
-        assert line is not None
-        return line
-
     def on_trial(self) -> str:
         """Learn a first version, which then is on trial."""
         self.robot.run(4, version=self.live)
@@ -79,21 +52,12 @@ class Scene:
         return self.trainer.version
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return prepared_run(lambda: tmp_path_factory.mktemp("prepared"))
-
-
 @pytest.fixture
 def scene(prepared: RunDir, tmp_path: Path) -> Iterator[Scene]:
     shutil.copytree(prepared.path, tmp_path / "run")
     made = Scene(RunDir(tmp_path / "run"))
     yield made
     made.robot.close()
-
-
-def nothing() -> None:
-    """A moment passes."""
 
 
 def test_after_a_rejection_it_goes_on_from_the_live_version(scene: Scene) -> None:
