@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from fine_tuning import FINE_TUNING
 from msgspec.structs import replace
 
 from fieldtune.ablation import ablated_overrides, ablation_names, load_ablated, load_ablation
@@ -31,8 +32,7 @@ from trainer.evaluate import EvaluationError
 from trainer.statistics import Trial, result_of
 
 TINY = (
-    "trainer.demos.per_task=20",
-    "trainer.sft.steps=60",
+    *FINE_TUNING,
     "trainer.episodes_per_iteration=8",
     "trainer.ppo.critic_warmup_iterations=1",
     "trainer.stop.iterations=2",
@@ -166,12 +166,13 @@ def test_neither_an_evaluation_nor_a_process_that_fails_stops_the_others(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_one_start_one_budget_one_table_and_nothing_runs_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fine_tuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Its server refuses to start; the next ablation must run all the same.
     broken = tmp_path / "broken.yaml"
     broken.write_text("base: point\nwhy: It cannot work.\noverrides: ['trainer.post_train=[swim]']\n", encoding="utf-8")
     runs = tmp_path / "runs"
+    shutil.copytree(fine_tuned, runs / "point")
     settings = [word for setting in (*TINY, f"runs={runs}") for word in ("--set", setting)]
 
     def ablate(*names: str, code: int) -> dict[str, Any]:
@@ -221,9 +222,10 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_control_c_stops_an_ablation_and_the_same_command_goes_on_with_it(
-    tmp_path: Path, started: list[subprocess.Popen[bytes]]
+    tmp_path: Path, fine_tuned: Path, started: list[subprocess.Popen[bytes]]
 ) -> None:
     iterations = 8
+    shutil.copytree(fine_tuned, tmp_path / "point")
     child = RunDir(tmp_path / "point-ablation-full")
     settings = (*TINY, f"trainer.stop.iterations={iterations}", f"runs={tmp_path}")
     line = [sys.executable, "-m", "fieldtune", "ablate", "full", "--base", "point"]

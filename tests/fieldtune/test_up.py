@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fine_tuning import FINE_TUNING
 
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
@@ -24,12 +25,7 @@ from runtime.rundir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-SMALL = [
-    "page.serve=false",
-    "trainer.demos.per_task=20",
-    "trainer.sft.steps=60",
-    "trainer.evaluate.episodes_per_task=10",
-]
+SMALL = ["page.serve=false", *FINE_TUNING, "trainer.evaluate.episodes_per_task=10"]
 
 
 class Deployment:
@@ -84,17 +80,6 @@ def up(tmp_path: Path) -> Iterator[Deployment]:
     yield deployment
     if deployment.process is not None and deployment.process.poll() is None:
         os.killpg(deployment.process.pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with demonstrations and a fine-tuned policy."""
-    directory = tmp_path_factory.mktemp("fine_tuned")
-    settings = [x for setting in [f"runs={directory}", *SMALL] for x in ("--set", setting)]
-    for command in ("demos", "sft"):
-        line = [sys.executable, "-m", "fieldtune", command, "point", *settings]
-        subprocess.run(line, check=True, timeout=200, stdin=subprocess.DEVNULL)
-    return directory / "point"
 
 
 @pytest.fixture
