@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -18,6 +19,17 @@ RESET = "`fieldtune operator CONFIG reset` lets it go on"
 
 def _waited(event: threading.Event) -> None:
     assert event.wait(ENOUGH_S)
+
+
+def unanswered(times: int) -> Callable[[], None]:
+    """A stop that fails so often, and then does not."""
+    fails = [OSError("no answer")] * times
+
+    def stop() -> None:
+        if fails:
+            raise fails.pop()
+
+    return stop
 
 
 def test_nothing_is_sent_after_a_stop_until_a_reset_and_a_new_episode() -> None:
@@ -46,13 +58,7 @@ def test_a_stop_during_the_reset_ends_the_episode_before_it_begins() -> None:
 
 
 def test_a_backend_that_cannot_stop_is_asked_until_it_does() -> None:
-    fails = [OSError("no answer")] * 2
-
-    def stop() -> None:
-        if fails:
-            raise fails.pop()
-
-    g = Guarded(Robot(on={"stop": stop}))
+    g = Guarded(Robot(on={"stop": unanswered(2)}))
     g.begin()
     g.guard.stop("a hand")
     g.pass_time(0.5)
@@ -232,13 +238,7 @@ def test_a_stop_ends_the_wait_of_a_loop_for_a_hold_that_hangs() -> None:
 
 
 def test_stopped_is_said_once_the_backend_has_stopped() -> None:
-    fails = [OSError("no answer")]
-
-    def stop() -> None:
-        if fails:
-            raise fails.pop()
-
-    g = Guarded(Robot(on={"stop": stop}))
+    g = Guarded(Robot(on={"stop": unanswered(1)}))
     g.begin()
     g.guard.stop("a hand")
     assert g.guard.state == ("stopping", "a hand; cannot stop: no answer")
@@ -247,13 +247,7 @@ def test_stopped_is_said_once_the_backend_has_stopped() -> None:
 
 
 def test_a_robot_that_cannot_be_stopped_after_its_episode_stays_stopped() -> None:
-    fails = [OSError("no answer")] * 2
-
-    def stop() -> None:
-        if fails:
-            raise fails.pop()
-
-    g = Guarded(Robot(on={"stop": stop}))
+    g = Guarded(Robot(on={"stop": unanswered(2)}))
     g.begin()
     g.guard.rest(stop=True)
     assert g.guard.state == ("stopping", "after its episode: no answer; cannot stop: no answer")
@@ -315,11 +309,6 @@ def test_what_was_under_way_at_the_stop_is_followed_by_another_stop(what: str) -
 
 def test_a_reset_is_broken_off_once_the_worker_is_to_leave() -> None:
     g = Guarded()
-    fails = [OSError("no answer")]
-
-    def stop() -> None:
-        if fails:
-            raise fails.pop()
 
     def reset() -> None:
         g.robot.reset("t", 0)
@@ -327,7 +316,7 @@ def test_a_reset_is_broken_off_once_the_worker_is_to_leave() -> None:
         g.guard.tick()
         assert g.robot.calls == ["reset", "stop", "stop"]
 
-    g.robot.on["stop"] = stop
+    g.robot.on["stop"] = unanswered(1)
     with pytest.raises(StoppedError, match="the bridge was told to leave"):
         g.guard.begin("e1", reset, leaving=lambda: True)
     assert g.guard.halted and not g.guard.stopped, "another worker may go on with it"
@@ -337,16 +326,10 @@ def test_a_reset_is_broken_off_once_the_worker_is_to_leave() -> None:
 
 
 def test_a_warning_that_fails_keeps_no_stop_from_being_tried_again() -> None:
-    fails = [OSError("no answer")] * 2
-
-    def stop() -> None:
-        if fails:
-            raise fails.pop()
-
     def full(message: str) -> None:
         raise OSError(28, "No space left on device")
 
-    robot, clock = Robot(on={"stop": stop}), Clock()
+    robot, clock = Robot(on={"stop": unanswered(2)}), Clock()
     guard = Guard(robot, SafetyConfig(hold_after_s=0.5, stop_after_s=2.0), warn=full, clock=clock)
     guard.begin("e1", lambda: None)
     for passed_s in (0.6, 1.5, 0.05, 0.05):

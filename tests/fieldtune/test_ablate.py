@@ -166,13 +166,12 @@ def test_neither_an_evaluation_nor_a_process_that_fails_stops_the_others(
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_one_start_one_budget_one_table_and_nothing_runs_twice(
-    tmp_path: Path, fine_tuned: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Its server refuses to start; the next ablation must run all the same.
     broken = tmp_path / "broken.yaml"
     broken.write_text("base: point\nwhy: It cannot work.\noverrides: ['trainer.post_train=[swim]']\n", encoding="utf-8")
     runs = tmp_path / "runs"
-    shutil.copytree(fine_tuned, runs / "point")
     settings = [word for setting in (*TINY, f"runs={runs}") for word in ("--set", setting)]
 
     def ablate(*names: str, code: int) -> dict[str, Any]:
