@@ -16,6 +16,7 @@ class Cable:
     def __init__(self, endpoint: str) -> None:
         self._far = ("127.0.0.1", int(endpoint.rpartition(":")[2]))
         self._plug = socket.create_server(("127.0.0.1", 0))
+        assert self._plug.getsockname()[1] != self._far[1], "it would carry to itself without end"
         self._plugged = True
         self._ends: list[socket.socket] = []
         self.endpoint = f"tcp://127.0.0.1:{self._plug.getsockname()[1]}"
@@ -54,4 +55,6 @@ class Cable:
             while data := here.recv(1 << 16):
                 self.whole.wait()
                 there.sendall(data)
-            there.close()
+        for end in (here, there):  # the thread of the other direction waits in one of them
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
+from ports import free_endpoint
 from safetensors.numpy import load, save
 
 from bridge.backends import make_backend
@@ -139,8 +139,7 @@ class Drill:
         self.directory, self._spec = directory, spec
         self.run = RunDir(directory / "drill")
         self.config = str(directory / "drill.yaml")
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.endpoint = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        self.endpoint = free_endpoint()
         deployment = {
             "name": "drill",
             "runs": str(directory),

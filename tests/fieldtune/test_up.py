@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fine_tuning import FINE_TUNING
+from ports import free_endpoint
 
 from runtime.index import EpisodeIndex
 from runtime.reading import read_episode
@@ -241,9 +242,7 @@ def test_a_policy_made_elsewhere_works_until_it_is_stopped_but_is_not_trained(
 @pytest.mark.usefixtures("goes_on")
 def test_a_robot_on_another_computer_is_driven_from_there(up: Deployment, tmp_path: Path) -> None:
     fieldtune = [sys.executable, "-m", "fieldtune"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = free_endpoint()
     subprocess.run([*fieldtune, "keys", str(tmp_path / "keys"), "arm1", "here"], check=True, timeout=60)
     served = [f"runtime.serve.endpoint={address}", f"runtime.serve.keys={tmp_path}/keys/server"]
     here = [*served, f"bridge.endpoint={address}", f"bridge.keys={tmp_path}/keys/here", "bridge.workers=0"]
