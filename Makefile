@@ -11,12 +11,13 @@ EXTRA_INDEX ?=
 
 BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt
-# Compiling all of torch and scipy takes longer than the rest; importing compiles what is needed, also where
-# PYTHONDONTWRITEBYTECODE would have every process compile it anew.
+# Compiling all of torch takes longer than the rest; using it compiles what is needed, also where
+# PYTHONDONTWRITEBYTECODE would have every process compile it anew. torch imports a good part only as it exports.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
 	$(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX)) --constraint .venv/constraints.txt
-COMPILE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import fieldtune.commands.up, trainer.sft, trainer.continual, \
-	runtime.server, bridge.backends.metaworld, metaworld, torch.onnx, onnxscript, matplotlib.pyplot'
+COMPILE = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -W ignore -c 'import fieldtune.commands.up, trainer.sft, \
+	trainer.continual, runtime.server, bridge.backends.metaworld, metaworld, torch.onnx, matplotlib.pyplot, logging; \
+	logging.disable(); torch.onnx.export(torch.nn.Linear(1, 1).eval(), (torch.ones(2, 1),), dynamo=True, verbose=False)'
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev demo test lint bench clean
@@ -35,8 +36,8 @@ test: install-dev ## all tests; under ten minutes on two cores
 	@# A short directory: the tests make sockets in theirs, and a socket's path may have 107 bytes.
 	@# A worker that crashes is not replaced: with loadfile the run may then wait without end.
 	@there=$$(mktemp -d /tmp/ft.XXXX) && \
-		$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-			--max-worker-restart=0 --basetemp=$$there && rm -rf $$there
+		env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+			--dist loadfile --no-loadscope-reorder --max-worker-restart=0 --basetemp=$$there && rm -rf $$there
 
 lint: install-dev ## ruff and mypy
 	$(BIN)/ruff check .

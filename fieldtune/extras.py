@@ -9,7 +9,6 @@ EXTRAS = {
     "torch": "trainer",
     "onnx": "trainer",
     "onnxscript": "trainer",
-    "scipy": "trainer",
     "matplotlib": "trainer",
     "cv2": "cameras",
     "av": "data",
@@ -27,6 +26,7 @@ EXTRAS = {
     "gymnasium_robotics": "gymnasium-robotics",
     "metaworld": "metaworld",
     "mujoco": "metaworld",
+    "scipy": "metaworld",
 }
 
 

@@ -23,7 +23,7 @@ FORBIDDEN = {
     "runtime": {"trainer", "fieldtune"},
     "trainer": {"fieldtune"},
 }
-HEAVY = ["torch", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "scipy", "matplotlib"]
+HEAVY = ["torch", "onnx", "onnxruntime", "onnxscript", "tokenizers", "safetensors", "matplotlib"]
 SIMULATORS = ["mujoco", "metaworld", "gymnasium"]
 OPTIONAL_BACKENDS = {"bridge.backends.metaworld", "bridge.backends.gymnasium"}
 
@@ -107,7 +107,7 @@ def test_doctor_tells_what_a_bare_installation_lacks() -> None:
 )
 def test_a_missing_extra_is_named(command: list[str], extra: str, tmp_path: Path) -> None:
     code = f"import os; os.chdir({str(tmp_path)!r})\nfrom fieldtune.cli import run\nsys.exit(run({command!r}))"
-    packages = HEAVY if extra == "runtime" else [name for name in HEAVY if name in ("torch", "scipy", "matplotlib")]
+    packages = HEAVY if extra == "runtime" else [name for name in HEAVY if name in ("torch", "matplotlib")]
     done = run_without(packages, code)
     assert done.returncode == 1
     assert f"fieldtune[{extra}]" in done.stderr and "Traceback" not in done.stderr
