@@ -157,9 +157,9 @@ class DemoBuffer:
             },
         }
 
-    def restore(self, state: Mapping[str, Any], load: Callable[[str, bool], CloningSamples]) -> None:
+    def restore(self, state: Mapping[str, Any], load: Callable[[str, bool], CloningSamples | None]) -> None:
         """Be what `state` says, less what a task has no room for any more; `load(episode, demonstration)` reads samples
-        again.
+        again, or returns None for an episode that is to be left out.
         """
         self._number = int(state["number"])
         for task in self._entries:
@@ -173,9 +173,10 @@ class DemoBuffer:
                     demonstration=row["demonstration"],
                     versions=tuple(row["versions"]),
                     number=row["number"],
-                    samples=load(row["episode"], row["demonstration"]),
+                    samples=samples,
                 )
                 for row in self._that_stay(state["entries"].get(task, ()))
+                if (samples := load(row["episode"], row["demonstration"])) is not None
             ]
 
     def _that_stay(self, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

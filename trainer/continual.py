@@ -425,7 +425,7 @@ class ContinualTrainer:
         self._rng.bit_generator.state = json.loads(self._state.rng)
         self._generator.set_state(checkpoint.generator)
         self._weight.restore(self._state.weight)
-        self._buffer.restore(self._state.buffer, self._experience.load)
+        self._experience.restore(self._buffer, self._state.buffer, self._warn)
 
     def _start_again(self, start: str) -> None:
         """Without a checkpoint: put aside what an earlier training of this run has written, and pass over the episodes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from bridge.backend import BackendSpec
 from bridge.errors import FieldtuneError
 from runtime.episode import Episode
 from runtime.index import EpisodeIndex
-from runtime.reading import read_row
+from runtime.reading import EpisodeError, read_row
 from runtime.rundir import RunDir
 from trainer.buffer import DemoBuffer, thin
 from trainer.checkpoint import START_AGAIN
@@ -21,7 +22,7 @@ from trainer.samples import CloningSamples, cloning_samples, wordings
 
 
 class ExperienceError(FieldtuneError):
-    """An episode that the trainer counts on is gone; the message says which and what to do."""
+    """The episodes that the trainer counts on are gone; the message says where and what to do."""
 
 
 class Experience:
@@ -56,14 +57,31 @@ class Experience:
                 kept += buffer.seed(task, row.episode, row.steps, row.versions, samples)
         return kept
 
-    def load(self, episode: str, demonstration: bool) -> CloningSamples:
-        """The samples of an episode that a buffer held, for `DemoBuffer.restore`. Raises `ExperienceError`."""
-        index = self._demos if demonstration else self.own
-        row = index.get(episode)
-        if row is None or row.deleted:
+    def restore(self, buffer: DemoBuffer, state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+        """Fill the buffer with what it held as `DemoBuffer.state` was taken.
+
+        An episode that can no longer be read is left out, and `warn` is told; raises `ExperienceError` where none can.
+        """
+        lost: list[str] = []
+
+        def load(episode: str, demonstration: bool) -> CloningSamples | None:
+            index = self._demos if demonstration else self.own
+            row = index.get(episode)
+            if row is None or row.deleted:
+                lost.append(f"{index.directory}: episode {episode} is no longer in the log")
+                return None
+            try:
+                read = read_row(index, row)
+            except EpisodeError as error:
+                lost.append(str(error))
+                return None
+            return self.demonstration(read) if demonstration else self.samples(read)
+
+        buffer.restore(state, load)
+        if lost and not buffer.episodes:
             raise ExperienceError(
-                f"{index.directory}: episode {episode} of the demonstration buffer is no longer in the log; put its "
-                f"file back, or move the trainer's checkpoint away {START_AGAIN}"
+                f"none of the {len(lost)} episodes of the demonstration buffer can be read: {lost[0]}; put their files "
+                f"back, or move the trainer's checkpoint away {START_AGAIN}"
             )
-        read = read_row(index, row)
-        return self.demonstration(read) if demonstration else self.samples(read)
+        if lost:
+            warn(f"{len(lost)} episodes of the demonstration buffer are left out, {buffer.episodes} remain: {lost[0]}")

@@ -422,12 +422,28 @@ def test_resuming_restores_everything(run: RunDir, robot: Robot) -> None:
     assert results[0] == results[1]
 
 
-def test_a_buffer_whose_episodes_are_gone_is_not_resumed(run: RunDir, robot: Robot) -> None:
-    trainer = make_trainer(run)
+def test_episodes_of_the_buffer_that_are_gone_are_told_and_left_out(run: RunDir, robot: Robot) -> None:
+    trainer, index, demos = make_trainer(run), EpisodeIndex(run.episodes), EpisodeIndex(run.demos)
     iterate(trainer, robot, 8)
-    held = trainer.buffer.own_episodes()
-    EpisodeIndex(run.episodes).mark_deleted(held[:1])
-    with pytest.raises(ExperienceError, match=held[0]):
+    held, had = trainer.buffer.own_episodes(), trainer.buffer.episodes
+    index.mark_deleted(held[:1])
+    row = index.get(held[1])
+    assert row is not None
+    by_hand = index.path(row)
+    by_hand.unlink()
+    warnings: list[str] = []
+    again = make_trainer(run, warnings=warnings)
+    (said,) = warnings
+    assert f"2 episodes of the demonstration buffer are left out, {had - 2} remain: " in said
+    assert held[0] in said or str(by_hand) in said
+    assert again.buffer.own_episodes() == held[2:]
+    assert iterate(again, robot)["iteration"] == 2
+
+    had = again.buffer.episodes
+    index.mark_deleted(again.buffer.own_episodes())
+    for row in demos.after(0):
+        demos.path(row).unlink()
+    with pytest.raises(ExperienceError, match=f"none of the {had} episodes.*put their files back"):
         make_trainer(run)
 
 
