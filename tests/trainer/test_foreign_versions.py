@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,9 +40,8 @@ class Scene(TrainingScene):
 
 
 @pytest.fixture
-def scene(prepared: RunDir, tmp_path: Path) -> Iterator[Scene]:
-    shutil.copytree(prepared.path, tmp_path / "run")
-    made = Scene(RunDir(tmp_path / "run"))
+def scene(run: RunDir) -> Iterator[Scene]:
+    made = Scene(run)
     yield made
     made.robot.close()
 

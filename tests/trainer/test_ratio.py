@@ -1,5 +1,4 @@
 import copy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,6 @@ from trainer.vla import VLA
 
 torch.set_num_threads(1)
 SPEC = make_backend(BACKEND).spec
-
-
-@pytest.fixture
-def run(prepared: RunDir, tmp_path: Path) -> RunDir:
-    shutil.copytree(prepared.path, tmp_path / "run")
-    return RunDir(tmp_path / "run")
 
 
 def setup(run: RunDir) -> tuple[VLA, str, Behaviours]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,8 @@ class Scene(TrainingScene):
 
 
 @pytest.fixture
-def scene(prepared: RunDir, tmp_path: Path) -> Iterator[Scene]:
-    shutil.copytree(prepared.path, tmp_path / "run")
-    made = Scene(RunDir(tmp_path / "run"))
+def scene(run: RunDir) -> Iterator[Scene]:
+    made = Scene(run)
     yield made
     made.robot.close()
 
@@ -91,11 +89,8 @@ def test_after_a_promotion_it_goes_on_from_its_own(scene: Scene) -> None:
     assert scene.announced == [candidate, line["version"]]
 
 
-def test_the_live_versions_episodes_stay_fresh_however_many_candidates_are_rejected(
-    prepared: RunDir, tmp_path: Path
-) -> None:
-    shutil.copytree(prepared.path, tmp_path / "run")
-    scene = Scene(RunDir(tmp_path / "run"), replace(SMALL, max_staleness_versions=1))
+def test_the_live_versions_episodes_stay_fresh_however_many_candidates_are_rejected(run: RunDir) -> None:
+    scene = Scene(run, replace(SMALL, max_staleness_versions=1))
     rejected = scene.on_trial()
     for _ in range(4):
         scene.robot.run(3, version=scene.live)
