@@ -1,15 +1,17 @@
 """Episodes for the tests of the log."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridge.backend import ActionSpec, BackendSpec, CameraSpec, VectorSpec
-from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord
+from runtime.episode import FORMAT, DecisionRecord, EndRecord, EpisodeStart, ExecutedRecord, Record
 from runtime.episodes import EpisodeLog
-from runtime.records import tensor_records
+from runtime.records import frame, tensor_records
 
 SIDE = 8
 SPEC = BackendSpec(
@@ -96,3 +98,16 @@ def record_episode(
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+
+
+@contextmanager
+def opened(directory: Path, **settings: Any) -> Iterator[EpisodeLog]:
+    log = EpisodeLog(directory, **settings)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+def frames(*records: Record) -> bytes:
+    return b"".join(part for record in records for part in frame(record))
