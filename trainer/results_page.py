@@ -160,7 +160,7 @@ def _by_difficulty(group: Group) -> str:
     if any({task for e in column for task in e.tasks} != set(MT50) for column in columns):
         return ""
     rows = []
-    for difficulty in dict.fromkeys(DIFFICULTY.values()):
+    for difficulty in ("easy", "medium", "hard", "very hard"):
         tasks = [task for task, of in DIFFICULTY.items() if of == difficulty]
         results = [_pooled(column, tasks) for column in columns]
         rows.append(

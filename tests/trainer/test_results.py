@@ -163,6 +163,7 @@ def test_success_on_mt50_is_told_by_difficulty_too(tmp_path: Path) -> None:
     low, high = wilson(0, 5 * GOALS)
     assert f"| very hard (5 tasks) | 0.80 [0.67, 0.89] | 0.00 [{low:.2f}, {high:.2f}] |" in text
     assert "| easy (28 tasks) | 0.80 [" in text and "] | 1.00 [" in text
+    assert text.index("| easy (28") < text.index("| medium (11") < text.index("| hard (6") < text.index("| very hard")
 
 
 def test_other_tasks_have_no_goals_and_their_pictures_are_drawn(tmp_path: Path) -> None:
